@@ -1,0 +1,60 @@
+"""Soft text tokens (SoftREPA) for frozen diffusers pipelines: load, steer, save, share.
+
+Importing the package gives every diffusers pipeline and model the verbs `load_softrepa`, `set_softrepa`,
+`disable_softrepa`, `save_softrepa` and the others; the functions here do the same with the pipeline or denoiser as
+their first argument.
+"""
+
+from typing import Any
+
+from . import integration
+from .config import SoftREPAConfig
+from .families import FamilySpec, Group, Side, Timestep, family_of, register_family, supported_denoisers
+from .pipeline import (
+    add_softrepa,
+    delete_softrepa,
+    disable_softrepa,
+    enable_softrepa,
+    get_softrepa_adapters,
+    load_softrepa,
+    save_softrepa,
+    set_softrepa,
+    softrepa_parameters,
+    unload_softrepa,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContrastiveFlowMatchingArguments",
+    "ContrastiveFlowMatchingTrainer",
+    "FamilySpec",
+    "Group",
+    "Side",
+    "SoftREPAConfig",
+    "Timestep",
+    "add_softrepa",
+    "delete_softrepa",
+    "disable_softrepa",
+    "enable_softrepa",
+    "family_of",
+    "get_softrepa_adapters",
+    "load_softrepa",
+    "register_family",
+    "save_softrepa",
+    "set_softrepa",
+    "softrepa_parameters",
+    "supported_denoisers",
+    "unload_softrepa",
+]
+
+integration.install()
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer is imported when it is asked for, so that using adapters needs nothing that only training needs."""
+    if name in ("ContrastiveFlowMatchingArguments", "ContrastiveFlowMatchingTrainer"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,225 @@
+"""Folders and files of an adapter: (config, tensors) out and in, strictly.
+
+An adapter is `adapter_model.safetensors` with its config in the metadata, so that the file alone is enough, and the
+same config as `adapter_config.json` beside it, for people and for tools that know PEFT's names. Where both are there
+the file's own metadata counts. Pickles are refused: see `convert`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .card import model_card, refreshed
+from .config import SoftREPAConfig
+from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+METADATA_KEY = "softrepa_config"
+
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+_PICKLE_HEADS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))  # torch's, plain ones
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: SoftREPAConfig | None = None,
+    options: HubOptions | None = None,
+) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
+    """Reads an adapter and checks it completely.
+
+    Args:
+        source: A folder, a safetensors file, a Hub repository id, or a state dict, which is not changed.
+        config: Used instead of the one that the source carries; needed where it carries none.
+        options: Where to look and how.
+
+    Returns:
+        The config, and its tensors on the CPU by name, with the shapes of `config.shapes`.
+
+    Raises:
+        ValueError: The source carries no config, is corrupt or a pickle, or its tensors do not fit the config.
+        OSError: Nothing is there: no such file, repository, revision, permission or connection.
+    """
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ValueError("a state dict carries no config; pass config=SoftREPAConfig.for_denoiser(...) with it")
+        return config, checked_tensors(source, config, "the state dict")
+    source, options = os.fspath(source), options or HubOptions()
+    path = _locate(source, options)
+    tensors, metadata = _read(path)
+    config = config or _config_of(path, metadata, source, options)
+    return config, checked_tensors(tensors, config, str(path))
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    config: SoftREPAConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    weight_name: str | None = None,
+) -> list[str]:
+    """Writes an adapter folder: weights, config and model card.
+
+    Each file appears complete or not at all. Of a card that is there only the sections that this package wrote are
+    brought up to date; see `card`.
+
+    Returns:
+        The names of the files that make up the adapter.
+
+    Raises:
+        ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` not a file's name.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise ValueError(f"an adapter is saved into a folder, but {directory} is a file; name a folder")
+    weight_name = weight_name or WEIGHTS_NAME
+    if Path(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
+        raise ValueError(f"weight_name must be a plain file name that ends in .safetensors, but is {weight_name!r}")
+    kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    checked_tensors(kept, config, "the adapter to save")
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    metadata = {"format": "pt", METADATA_KEY: text, "modelspec.architecture": f"{config.family}/softrepa"}
+    _write_whole(directory / weight_name, _with_sorted_header(save(kept, metadata=metadata)))
+    _write_whole(directory / CONFIG_NAME, f"{text}\n".encode())
+    card = model_card(config, UNKNOWN_REPO, weight_name=None if weight_name == WEIGHTS_NAME else weight_name)
+    write_card(directory, str(card))
+    return [weight_name, CONFIG_NAME, CARD_NAME]
+
+
+def write_card(directory: Path, fresh: str) -> None:
+    """Writes a model card into a folder, or brings the one that is there up to date."""
+    path = directory / CARD_NAME
+    existing = path.read_bytes() if path.exists() else None
+    text = fresh if existing is None else refreshed(existing.decode(errors="surrogateescape"), fresh)
+    content = text.encode(errors="surrogateescape")
+    if content != existing:
+        _write_whole(path, content)
+
+
+def checked_tensors(tensors: Mapping[str, Tensor], config: SoftREPAConfig, where: str) -> dict[str, Tensor]:
+    """Returns `tensors` as a dict if names, shapes, types and values are an adapter's of this config.
+
+    Raises:
+        ValueError: They are not; the message says `where`.
+        TypeError: They are no tensors.
+    """
+    missing, extra = sorted(set(config.shapes) - set(tensors)), sorted(set(tensors) - set(config.shapes))
+    if missing or extra:
+        raise ValueError(
+            f"{where} must hold exactly the tensors {sorted(config.shapes)}: missing {missing}, unexpected {extra}; "
+            "it belongs to another config or another method"
+        )
+    for name, shape in config.shapes.items():
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} in {where} must be a tensor, but is a {type(tensor).__name__}")
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} in {where} must be floating point of shape {shape}, but is {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}; the config and the tensors do not belong together"
+            )
+        bad = int((~torch.isfinite(tensor.to(torch.float32))).sum())  # as it will be used
+        if bad:
+            raise ValueError(
+                f"{name} in {where} must be finite, but holds {bad} NaN or infinite values; train it anew"
+            )
+    return dict(tensors)
+
+
+def _locate(source: str, options: HubOptions) -> Path:
+    """Returns the safetensors file that `source` means, fetched from the Hub if need be."""
+    name = options.weight_name or WEIGHTS_NAME
+    _refuse_pickle(Path(name))
+    path = Path(source)
+    if path.is_dir():
+        path = path / (options.subfolder or "") / name
+        if not path.is_file():
+            raise OSError(f"there is no {name} in {path.parent}; give weight_name= if the file has another name")
+        return path
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors" or source.startswith((".", "/", "~")):
+        raise OSError(f"there is no file or folder {source}; check the path")
+    return fetch(source, name, options)
+
+
+def _refuse_pickle(path: Path, head: bytes = b"") -> None:
+    """Raises for a pickle, by its name or by the bytes it starts with."""
+    if path.suffix in _PICKLES or head.startswith(_PICKLE_HEADS):
+        raise ValueError(
+            f"adapters are safetensors files, but {path} is a pickle, which may run code when read; "
+            "convert it with `python -m diffusers_softrepa.convert`"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata of a safetensors file."""
+    _refuse_pickle(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        _refuse_pickle(path, path.read_bytes()[:4])
+        raise ValueError(f"{path} is no complete safetensors file ({error}); download or save it again") from error
+
+
+def _config_of(path: Path, metadata: Mapping[str, str], source: str, options: HubOptions) -> SoftREPAConfig:
+    """Returns the config in the file's metadata or, where it has none, in the JSON file beside it."""
+    where, text = str(path), metadata.get(METADATA_KEY)
+    if text is None:
+        beside = _config_beside(path, source, options)
+        where, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the adapter config in {where} is not JSON ({error}); save the adapter again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the adapter config in {where} must be a JSON object, but is {text:.40}; save it again")
+    try:
+        return SoftREPAConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} holds no SoftREPA config: {error}") from error
+
+
+def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
+    """Returns the JSON file beside the weights, fetched from the Hub if they were."""
+    try:
+        if not Path(source).exists():
+            weights = PurePosixPath(options.weight_name or WEIGHTS_NAME)
+            return fetch(source, str(weights.with_name(CONFIG_NAME)), options)
+        if path.with_name(CONFIG_NAME).is_file():
+            return path.with_name(CONFIG_NAME)
+        raise OSError(f"there is no {path.with_name(CONFIG_NAME)}")
+    except OSError as error:
+        raise ValueError(
+            f"{path} carries no SoftREPA config in its metadata and has no {CONFIG_NAME} beside it; if it is a "
+            "SoftREPA adapter, pass config=SoftREPAConfig.for_denoiser(...)"
+        ) from error
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """Returns a safetensors file with its header in a fixed order, so that equal adapters are equal files.
+
+    The file is the header's length in 8 bytes, the header as JSON padded to a multiple of 8, and the numbers.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears complete or not at all, readable for whom the folder's owner allows."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

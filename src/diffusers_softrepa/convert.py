@@ -1,0 +1,212 @@
+"""The authors' published files, read without running any pickle code, and rewritten as ours.
+
+    python -m diffusers_softrepa.convert SOURCE_FOLDER OUTPUT_FOLDER --family sd3
+
+The authors publish a folder per model with two pickles, both saved from a GPU:
+
+- `dc_tokens.pth`, a Parameter: `(L, K, D)` for SD3, `(K, D)` for SD1.5 and SDXL, whose stages share one layer;
+- `dc_t_tokens.pth`, a whole torch Embedding with one row per timestep bin, `(B, L*D)`; absent without bins.
+
+They become `tokens` (L, K, D) and `timestep_tokens` (B, L, D), number by number.
+
+Source: SoftREPA, arXiv 2503.08250, and its published SD3, SD1.5 and SDXL files.
+"""
+
+import argparse
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import checked_tensors, save_checkpoint
+from .config import SoftREPAConfig
+from .families.sd3 import SD3
+from .families.unet import UNET
+
+TOKENS_FILE = "dc_tokens.pth"
+TIMESTEP_TOKENS_FILE = "dc_t_tokens.pth"
+
+# Which stages the published UNet tokens were trained for; the width of the text tells the models apart.
+_PUBLISHED_STAGES = {768: ("down",), 2048: ("down", "mid")}
+
+
+class _Embedding:
+    """A record that stands for torch's Embedding while its pickle is read, so that not even torch's code runs."""
+
+
+def read_reference(folder: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
+    """Reads the authors' folder.
+
+    Returns:
+        The tokens and the table of timestep tokens as they are in the files, on the CPU; the table is None when the
+        folder has none.
+
+    Raises:
+        ValueError: A file is damaged, or holds anything but numbers: reading it would have to run its code.
+        OSError: There is no such folder or file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise OSError(f"there is no folder {folder}; give the one that holds {TOKENS_FILE}")
+    if not (folder / TOKENS_FILE).is_file():
+        raise OSError(f"there is no {TOKENS_FILE} in {folder}; give the folder of one published model")
+    table = folder / TIMESTEP_TOKENS_FILE
+    return _read_tensor(folder / TOKENS_FILE), _read_tensor(table) if table.is_file() else None
+
+
+def convert_reference(
+    tokens: Tensor,
+    timestep_tokens: Tensor | None = None,
+    *,
+    family: str,
+    stages: Sequence[str] | None = None,
+    base_model: str | None = None,
+) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
+    """Returns an adapter with the authors' numbers.
+
+    Args:
+        tokens: `(L, K, D)` for family `"sd3"`, `(K, D)` for family `"unet"`.
+        timestep_tokens: `(B, L*D)`, or None for an adapter without bins.
+        family: `"sd3"`, or `"unet"` for SD1.5 and SDXL.
+        stages: For UNets, the stages that see the tokens; the published ones for 768 (SD1.5: down) and 2048 (SDXL:
+            down, mid) wide text unless given.
+        base_model: Hub id of the pipeline that the adapter was trained for.
+
+    Returns:
+        The config and its tensors, float32: `tokens` (L, K, D) and, with bins, `timestep_tokens` (B, L, D).
+
+    Raises:
+        ValueError: The tensors do not have these shapes or hold NaN or Inf, or the stages do not fit the family.
+    """
+    layered = _layered(tokens, family)
+    num_layers, num_tokens, width = layered.shape
+    tensors = {"tokens": layered}
+    if timestep_tokens is not None:
+        tensors["timestep_tokens"] = _binned(timestep_tokens, num_layers, width)
+    config = SoftREPAConfig(
+        base_model_name_or_path=base_model,
+        family=family,
+        token_dim=width,
+        num_tokens=num_tokens,
+        num_layers=num_layers,
+        stages=_stages(family, width, stages),
+        num_timestep_bins=None if timestep_tokens is None else timestep_tokens.shape[0],
+    )
+    tensors = {name: tensor.detach().to("cpu", torch.float32).clone() for name, tensor in tensors.items()}
+    return config, checked_tensors(tensors, config, "the published adapter")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: converts one folder and says what is in it."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        config, tensors = convert_reference(
+            *read_reference(given.source), family=given.family, stages=given.stages, base_model=given.base_model
+        )
+        save_checkpoint(given.output, config, tensors)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for name, tensor in tensors.items():
+        print(f"{name}: {tuple(tensor.shape)}, standard deviation {tensor.std().item():.4f}")
+    if config.num_timestep_bins is None:
+        print(f"{given.source} has no {TIMESTEP_TOKENS_FILE}: the adapter has no timestep bins")
+    print(f"{config.num_parameters:,} numbers written to {given.output}; load them with")
+    print(f'    pipe.load_softrepa("{given.output}")')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_softrepa.convert",
+        description="Convert the SoftREPA authors' published .pth files into an adapter folder; no pickle code runs.",
+    )
+    parser.add_argument("source", help=f"folder with {TOKENS_FILE} and, with timestep bins, {TIMESTEP_TOKENS_FILE}")
+    parser.add_argument("output", help="folder to write the adapter into")
+    parser.add_argument("--family", required=True, choices=(SD3.name, UNET.name), help="unet is SD1.5 and SDXL")
+    parser.add_argument("--stages", nargs="+", choices=UNET.stages, help="UNets only: the stages that see the tokens")
+    parser.add_argument("--base-model", help="Hub id of the pipeline that the adapter was trained for")
+    return parser
+
+
+def _layered(tokens: Tensor, family: str) -> Tensor:
+    """Returns the tokens with their layer axis: (L, K, D)."""
+    if family not in (SD3.name, UNET.name):
+        raise ValueError(f"the authors published adapters of the families 'sd3' and 'unet', but family is {family!r}")
+    shape, ndim = ("(L, K, D)", 3) if family == SD3.name else ("(K, D)", 2)
+    if tokens.ndim != ndim or not tokens.is_floating_point():
+        raise ValueError(
+            f"the published tokens of family {family!r} are floating point of shape {shape}, but these are "
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}; is it another family?"
+        )
+    return tokens if ndim == 3 else tokens[None]  # (L, K, D)
+
+
+def _binned(timestep_tokens: Tensor, num_layers: int, width: int) -> Tensor:
+    """Returns the table with its layers apart: (B, L, D)."""
+    fits = timestep_tokens.ndim == 2 and timestep_tokens.shape[1] == num_layers * width
+    if not fits or not timestep_tokens.is_floating_point():
+        raise ValueError(
+            f"a row of the timestep tokens holds L*D = {num_layers}*{width} = {num_layers * width} numbers, but the "
+            f"table is {timestep_tokens.dtype} of shape {tuple(timestep_tokens.shape)}; do the two files belong to "
+            "one model?"
+        )
+    return timestep_tokens.reshape(-1, num_layers, width)  # (B, L, D)
+
+
+def _stages(family: str, width: int, stages: Sequence[str] | None) -> list[str] | None:
+    """Returns the stages for the config: as given, or as published."""
+    if family == SD3.name:
+        if stages is not None:
+            raise ValueError(f"family 'sd3' has numbered layers, not stages; leave out stages {list(stages)}")
+        return None
+    if stages is None and width not in _PUBLISHED_STAGES:
+        raise ValueError(
+            f"the stages must be given: the published UNet tokens are {list(_PUBLISHED_STAGES)} wide, these {width}"
+        )
+    chosen = list(_PUBLISHED_STAGES[width] if stages is None else stages)
+    if not chosen or not set(chosen) <= set(UNET.stages):
+        raise ValueError(f"stages must name some of {UNET.stages}, but they are {chosen}")
+    return chosen
+
+
+def _read_tensor(path: Path) -> Tensor:
+    """Returns the one tensor in a pickle: a Parameter, or the weight of an Embedding."""
+    content = io.BytesIO(path.read_bytes())
+    allowed: list[Any] = [(_Embedding, "torch.nn.modules.sparse.Embedding")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged stream makes the reader raise almost anything
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if blocked is None:
+            raise ValueError(f"{path} is no complete file of torch.save's usual kind; download it again") from error
+        raise ValueError(
+            f"a published file holds numbers only, but {path} refers to {blocked[1]}, which runs code when read; "
+            "nothing was run: do not trust the file"
+        ) from error
+    tensor = _weight(found) if isinstance(found, _Embedding) else found
+    if not isinstance(tensor, Tensor) or not _is_whole(tensor):
+        raise ValueError(
+            f"{path} must hold one dense Parameter or Embedding, but holds {type(found).__name__}; is it another file?"
+        )
+    return tensor
+
+
+def _weight(embedding: _Embedding) -> Any:
+    parameters = vars(embedding).get("_parameters")
+    return parameters.get("weight") if isinstance(parameters, dict) else None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether each number is in the file once: a few bytes of strides could ask for any amount of memory."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+if __name__ == "__main__":
+    main()

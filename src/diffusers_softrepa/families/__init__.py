@@ -1,0 +1,70 @@
+"""Denoiser families: one declarative spec each, found by the denoiser's class.
+
+To support another class, write a `FamilySpec` and `register_family` it; nothing else changes.
+"""
+
+from torch import nn
+
+from .flux import FLUX
+from .sd3 import SD3
+from .spec import Block, FamilySpec, Group, Side, Timestep, text_blocks
+from .unet import UNET
+
+_FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in (UNET, SD3, FLUX)}
+
+
+def register_family(spec: FamilySpec) -> None:
+    """Makes soft tokens available for another denoiser class.
+
+    Args:
+        spec: The description of the class. Registering an equal spec again does nothing.
+
+    Raises:
+        ValueError: Its class or its family name is already described by a different spec.
+    """
+    for other in _FAMILIES.values():
+        if other != spec and (other.denoiser == spec.denoiser or other.name == spec.name):
+            raise ValueError(
+                f"a family must be new, but {spec.name!r} for {spec.denoiser} collides with the registered "
+                f"{other.name!r} for {other.denoiser}; choose another name, or use the registered spec"
+            )
+    _FAMILIES[spec.denoiser] = spec
+
+
+def supported_denoisers() -> list[str]:
+    """Returns the class names of the denoisers that take soft tokens."""
+    return sorted(_FAMILIES)
+
+
+def is_supported(denoiser: nn.Module) -> bool:
+    """Whether a spec is registered for the class of `denoiser` or one of its bases."""
+    return any(cls.__name__ in _FAMILIES for cls in type(denoiser).__mro__)
+
+
+def family_of(denoiser: nn.Module) -> FamilySpec:
+    """Returns the spec registered for the class of `denoiser`, or for its nearest base class.
+
+    Raises:
+        ValueError: No spec is registered; the message lists the classes that are supported.
+    """
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+    raise ValueError(
+        f"soft tokens need a family spec for {type(denoiser).__name__}, and none is registered; supported are "
+        f"{', '.join(supported_denoisers())}; describe the class with a FamilySpec and call register_family"
+    )
+
+
+__all__ = [
+    "Block",
+    "FamilySpec",
+    "Group",
+    "Side",
+    "Timestep",
+    "family_of",
+    "is_supported",
+    "register_family",
+    "supported_denoisers",
+    "text_blocks",
+]

@@ -1,0 +1,163 @@
+"""What importing this package gives diffusers.
+
+Every pipeline and every model gets the verbs as methods. A pipeline that is saved with adapters on has them beside its
+own files, in `softrepa/<component>/<name>/`, and gets them back from `from_pretrained`; its own files stay free of
+them but for one underscored entry of `model_index.json`, which diffusers ignores without this package.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from . import pipeline
+from .adapter import adapters_of
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "softrepa"
+_INDEX_KEY = "_softrepa"
+
+
+def _load_softrepa(self: Any, source: Any, adapter_name: str | None = None, **kwargs: Any) -> str:
+    """Loads an adapter and makes it the only active one; `adapter_name` second, as in `load_lora_weights`.
+
+    All keywords of `diffusers_softrepa.load_softrepa` are taken; an unknown one is a TypeError.
+    """
+    return pipeline.load_softrepa(self, source, adapter_name=adapter_name, **kwargs)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "load_softrepa": _load_softrepa,
+    "add_softrepa": pipeline.add_softrepa,
+    "save_softrepa": pipeline.save_softrepa,
+    "set_softrepa": pipeline.set_softrepa,
+    "enable_softrepa": pipeline.enable_softrepa,
+    "disable_softrepa": pipeline.disable_softrepa,
+    "delete_softrepa": pipeline.delete_softrepa,
+    "unload_softrepa": pipeline.unload_softrepa,
+    "get_softrepa_adapters": pipeline.get_softrepa_adapters,
+    "softrepa_parameters": pipeline.softrepa_parameters,
+}
+
+
+def install() -> None:
+    """Gives diffusers the methods; a second call changes nothing."""
+    if "load_softrepa" in vars(DiffusionPipeline):
+        return
+    pipelines: Any = DiffusionPipeline
+    for cls in (pipelines, ModularPipeline, ModelMixin):
+        for name, method in _METHODS.items():
+            setattr(cls, name, method)
+    pipelines.save_pretrained = _saving_adapters(pipelines.save_pretrained)
+    modular: Any = ModularPipeline
+    modular.save_pretrained = _warning_of_adapters(modular.save_pretrained)
+    pipelines.from_pretrained = classmethod(_loading_adapters(pipelines.from_pretrained.__func__))
+
+
+def _saving_adapters(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save_pretrained)
+    def save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        hosts = _hosts(self)
+        if not hosts:
+            return save_pretrained(self, save_directory, *args, **kwargs)
+        for component, denoiser in hosts.items():
+            for name in pipeline.get_softrepa_adapters(denoiser):
+                pipeline.save_softrepa(denoiser, Path(save_directory) / _subfolder(component, name), name)
+        config = self._internal_dict
+        self.register_to_config(**{_INDEX_KEY: {name: _state(denoiser) for name, denoiser in hosts.items()}})
+        try:
+            return save_pretrained(self, save_directory, *args, **kwargs)
+        finally:
+            self._internal_dict = config
+
+    return save
+
+
+def _loading_adapters(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(from_pretrained)
+    def load(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        pipe = from_pretrained(cls, pretrained_model_name_or_path, **kwargs)
+        _load_beside(pipe, pretrained_model_name_or_path, kwargs)
+        return pipe
+
+    return load
+
+
+def _warning_of_adapters(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save_pretrained)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _hosts(self):
+            logger.warning("a modular pipeline is saved without its soft-token adapters; use save_softrepa for them")
+        return save_pretrained(self, *args, **kwargs)
+
+    return save
+
+
+def _hosts(pipe: Any) -> dict[str, nn.Module]:
+    """Returns the components of a pipeline that have adapters, behind `torch.compile` if need be."""
+    modules = {name: pipeline._unwrapped(part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
+    return {name: module for name, module in modules.items() if adapters_of(module) is not None}
+
+
+def _subfolder(component: str, name: str) -> str:
+    """Returns where an adapter lies beside the pipeline's files; its name may hold what a path must not."""
+    safe = quote(name, safe=" ")
+    return f"{_FOLDER}/{component}/{safe if safe.strip('.') else safe.replace('.', '%2E')}"
+
+
+def _state(denoiser: nn.Module) -> dict[str, Any]:
+    """Returns what `model_index.json` says of a denoiser's adapters; the weight of an inactive one is None."""
+    adapters = adapters_of(denoiser)
+    if adapters is None:
+        return {}
+    return {"enabled": adapters.enabled, "weights": {name: adapters.weights.get(name) for name in adapters.names}}
+
+
+def _load_beside(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> None:
+    """Loads the adapters that a pipeline was saved with; a warning names those that cannot be loaded."""
+    index = _index_file(source, kwargs)
+    saved = json.loads(index.read_text(encoding="utf-8")).get(_INDEX_KEY, {}) if index is not None else {}
+    hub = {key: kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in kwargs}
+    if index is not None and not Path(source).exists():
+        hub["revision"] = index.parent.name  # the commit that the pipeline itself came from
+    for component, state in saved.items():
+        denoiser, weights = vars(pipe).get(component), state["weights"]
+        loaded = [name for name in weights if _loads(denoiser, source, component, name, hub)]
+        if loaded:
+            active = {name: weights[name] for name in loaded if weights[name] is not None}
+            pipeline.set_softrepa(denoiser, list(active), list(active.values()))
+            if not state["enabled"]:
+                pipeline.disable_softrepa(denoiser)
+
+
+def _loads(denoiser: Any, source: Any, component: str, name: str, hub: Mapping[str, Any]) -> bool:
+    try:
+        if denoiser is None:
+            raise ValueError(f"the pipeline has no {component}")
+        pipeline.load_softrepa(denoiser, source, adapter_name=name, subfolder=_subfolder(component, name), **hub)
+    except (OSError, ValueError) as error:
+        logger.warning("%s was saved with soft-token adapter %r, which cannot be loaded: %s", source, name, error)
+        return False
+    return True
+
+
+def _index_file(source: Any, kwargs: Mapping[str, Any]) -> Path | None:
+    """Returns the `model_index.json` that a pipeline was just loaded from, or None."""
+    if Path(source).exists():
+        path = Path(source) / DiffusionPipeline.config_name
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(
+        str(source),
+        DiffusionPipeline.config_name,
+        cache_dir=kwargs.get("cache_dir"),
+        revision=kwargs.get("revision"),
+    )
+    return Path(cached) if isinstance(cached, str) else None

@@ -1,0 +1,325 @@
+"""The verbs: what one does with soft tokens on a pipeline, or on a denoiser alone.
+
+Each verb is a function whose first argument is the target, and the same verb is a method of every diffusers pipeline
+and model once `diffusers_softrepa` is imported. An adapter belongs to the denoiser, never to the pipeline, so
+pipelines that share a denoiser share it.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapters, adapters_of, attach, detach, make_adapter
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import SoftREPAConfig
+from .families import is_supported, supported_denoisers
+from .hub import HubOptions, push_folder
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NAME = "softrepa"
+
+
+def denoiser_of(target: Any) -> nn.Module:
+    """Returns the denoiser of a pipeline, or `target` itself when it is one; compiled modules are unwrapped.
+
+    Raises:
+        ValueError: There is none that takes soft tokens, or more than one.
+    """
+    if isinstance(target, nn.Module):
+        components = {type(target).__name__: target}
+    else:
+        components = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
+    modules = {name: _unwrapped(part) for name, part in components.items()}
+    found = {name: module for name, module in modules.items() if is_supported(module)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    seen = ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items())
+    if found:
+        raise ValueError(
+            f"{type(target).__name__} has several denoisers, {sorted(found)}; give one of them instead of the pipeline"
+        )
+    raise ValueError(
+        f"no component of {type(target).__name__} takes soft tokens: it has {seen or 'no models'}; supported "
+        f"denoisers are {', '.join(supported_denoisers())}; describe another one with register_family"
+    )
+
+
+def load_softrepa(
+    target: Any,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: SoftREPAConfig | None = None,
+    adapter_name: str | None = None,
+    *,
+    hotswap: bool = False,
+    is_trainable: bool = False,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+    proxies: Mapping[str, str] | None = None,
+    use_safetensors: bool | None = None,
+) -> str:
+    """Loads an adapter and makes it the only active one. Nothing is changed unless all of it fits.
+
+    Args:
+        target: A pipeline or a denoiser.
+        source: A Hub repository id, a folder, a safetensors file, or a state dict.
+        config: Needed with a state dict; elsewhere it replaces the stored one.
+        adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
+        hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
+        is_trainable: Whether its tokens require gradients.
+        weight_name: File name instead of `adapter_model.safetensors`.
+        subfolder: Folder inside the repository or folder.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        local_files_only: Only look in the cache.
+        cache_dir: Hub cache folder.
+        force_download: Fetch even what is cached.
+        proxies: Not supported by huggingface_hub 2; set HTTPS_PROXY.
+        use_safetensors: None or True; there is no other format.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        ValueError: The adapter is damaged, does not fit the denoiser, or the name is taken.
+        OSError: The source cannot be found or reached.
+        TypeError: An argument has the wrong type or name.
+    """
+    if config is not None and not isinstance(config, SoftREPAConfig):
+        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}; was adapter_name={config!r} meant?")
+    if use_safetensors is False:
+        raise ValueError("adapters are safetensors files only; leave use_safetensors out")
+    if proxies is not None:
+        raise ValueError("huggingface_hub takes no proxies argument any more; set the HTTPS_PROXY variable instead")
+    denoiser = denoiser_of(target)
+    adapters = adapters_of(denoiser)
+    name = _free_name(adapters, adapter_name, taken_is_fine=hotswap)
+    options = HubOptions(weight_name, subfolder, revision, token, bool(local_files_only), cache_dir, force_download)
+    config, tensors = load_checkpoint(source, config, options)
+    adapter = make_adapter(denoiser, config, tensors=tensors, trainable=is_trainable)
+    _warn_of_other_base(target, config)
+    if hotswap:
+        _loaded(denoiser).swap(name, config, tensors)
+    else:
+        attach(denoiser, name, adapter)
+    return name
+
+
+def add_softrepa(
+    target: Any,
+    config: SoftREPAConfig | None = None,
+    adapter_name: str | None = None,
+    *,
+    text_embeddings: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> str:
+    """Adds a fresh adapter to train and makes it the only active one.
+
+    Args:
+        target: A pipeline or a denoiser.
+        config: What to add; `SoftREPAConfig.for_denoiser(denoiser)` unless given.
+        adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
+        text_embeddings: `(S, D)`, what the tokens start from when the config says `init="text"`.
+        generator: Source of the initial noise.
+
+    Returns:
+        The adapter's name. Its parameters are `softrepa_parameters(target, name)`.
+
+    Raises:
+        ValueError: The config does not fit the denoiser, or the name is taken.
+    """
+    denoiser = denoiser_of(target)
+    name = _free_name(adapters_of(denoiser), adapter_name)
+    config = config or SoftREPAConfig.for_denoiser(denoiser)
+    if config.base_model_name_or_path is None:
+        config = replace(config, base_model_name_or_path=_base_name(target))
+    adapter = make_adapter(denoiser, config, text_embeddings=text_embeddings, generator=generator, trainable=True)
+    attach(denoiser, name, adapter)
+    return name
+
+
+def save_softrepa(
+    target: Any,
+    save_directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    weight_name: str | None = None,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> str | None:
+    """Saves one adapter as a folder that `load_softrepa` reads, and shares it on the Hub if asked.
+
+    Args:
+        target: A pipeline or a denoiser.
+        save_directory: The folder; it gets weights, config and a model card, which is kept where there is one.
+        adapter_name: Which adapter; needed when several are loaded and not exactly one is active.
+        weight_name: File name instead of `adapter_model.safetensors`.
+        is_main_process: Other processes of a distributed run do nothing.
+        push_to_hub: Upload the files afterwards.
+        repo_id: Where; the folder's name in your namespace unless given.
+        private: Whether a repository made now is private.
+        token: Hub token.
+        commit_message: Message of the commit.
+        create_pr: Open a pull request instead of committing.
+        revision: Branch to commit to.
+
+    Returns:
+        The URL of the commit or pull request on the Hub, None when nothing was pushed.
+
+    Raises:
+        ValueError: There is no such adapter, or it cannot be told which one is meant.
+        OSError: The files cannot be written, or the Hub refused.
+    """
+    adapters = _loaded(denoiser_of(target))
+    name = adapter_name or _only_name(adapters)
+    adapter = adapters[name]
+    if not is_main_process:
+        return None
+    files = save_checkpoint(save_directory, adapter.config, dict(adapter.tokens.state_dict()), weight_name=weight_name)
+    if not push_to_hub:
+        return None
+    directory = Path(save_directory)
+    url = push_folder(
+        directory,
+        repo_id or directory.resolve().name,
+        files,
+        private=private,
+        token=token,
+        commit_message=commit_message,
+        create_pr=create_pr,
+        revision=revision,
+    )
+    logger.info("pushed the adapter: %s", url)
+    return url
+
+
+def set_softrepa(target: Any, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+    """Makes exactly the named adapters active, each with its weight.
+
+    At weight 0 the output is the base model's, bit for bit; at 1 the trained adapter's; in between each block's output
+    moves in a straight line from one to the other. Several adapters at weight 1 all show their tokens.
+
+    Args:
+        target: A pipeline or a denoiser.
+        names: One name or several.
+        weights: One weight for all, or one each.
+
+    Raises:
+        ValueError: A name is unknown or the numbers of names and weights differ.
+    """
+    chosen = [names] if isinstance(names, str) else list(names)
+    each = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights)
+    _loaded(denoiser_of(target)).activate(chosen, each)
+
+
+def enable_softrepa(target: Any) -> None:
+    """Switches the active adapters on again after `disable_softrepa`."""
+    _loaded(denoiser_of(target)).set_enabled(True)
+
+
+def disable_softrepa(target: Any) -> None:
+    """Switches all adapters off; pictures are the base model's, bit for bit, until `enable_softrepa`."""
+    _loaded(denoiser_of(target)).set_enabled(False)
+
+
+def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
+    """Removes the named adapters; no other one becomes active in their place.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    denoiser = denoiser_of(target)
+    _loaded(denoiser)
+    detach(denoiser, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+
+
+def unload_softrepa(target: Any) -> None:
+    """Removes all adapters and leaves the denoiser exactly as it was before the first one."""
+    detach(denoiser_of(target))
+
+
+def get_softrepa_adapters(target: Any) -> dict[str, float | None]:
+    """Returns the loaded adapters: weight by name, None for those that are not active now."""
+    adapters = adapters_of(denoiser_of(target))
+    if adapters is None:
+        return {}
+    active = adapters.weights if adapters.enabled else {}
+    return {name: active.get(name) for name in adapters.names}
+
+
+def softrepa_parameters(target: Any, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
+    """Returns the parameters of one adapter by name, for an optimizer: `tokens` and, with bins, `timestep_tokens`."""
+    adapters = _loaded(denoiser_of(target))
+    return dict(adapters[adapter_name or _only_name(adapters)].tokens.named_parameters())
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the module behind `torch.compile`."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+def _loaded(denoiser: nn.Module) -> Adapters:
+    adapters = adapters_of(denoiser)
+    if adapters is None:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no soft-token adapter; load_softrepa or add_softrepa one first"
+        )
+    return adapters
+
+
+def _only_name(adapters: Adapters) -> str:
+    candidates = adapters.names if len(adapters.names) == 1 else list(adapters.weights)
+    if len(candidates) != 1:
+        raise ValueError(f"adapter_name must say which adapter is meant: loaded are {adapters.names}")
+    return candidates[0]
+
+
+def _free_name(adapters: Adapters | None, name: str | None, *, taken_is_fine: bool = False) -> str:
+    taken = adapters.names if adapters is not None else []
+    if name is None:
+        if taken_is_fine and len(taken) == 1:
+            return taken[0]
+        free = (DEFAULT_NAME if index == 0 else f"{DEFAULT_NAME}_{index}" for index in range(len(taken) + 1))
+        return next(candidate for candidate in free if candidate not in taken)
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"adapter_name must be a non-empty string, but is {name!r}")
+    if taken_is_fine and name not in taken:
+        raise ValueError(f"hotswap needs the name of a loaded adapter, but {name!r} is not among {taken or 'none'}")
+    if not taken_is_fine and name in taken:
+        raise ValueError(
+            f"adapter names must be unique, but {name!r} is already loaded; choose another adapter_name, delete the "
+            "old one, or pass hotswap=True to replace its values in place"
+        )
+    return name
+
+
+def _base_name(target: Any) -> str | None:
+    """Returns the Hub id or path that the target was loaded from; of a file in the Hub's cache, the id."""
+    name = target.config.get("_name_or_path") or None
+    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name or "")
+    return "/".join(cached.groups()) if cached else name
+
+
+def _warn_of_other_base(target: Any, config: SoftREPAConfig) -> None:
+    """Warns when both names are Hub ids and differ; paths may be copies of anything."""
+    names = (config.base_model_name_or_path, _base_name(target))
+    if all(name and name.count("/") == 1 and not Path(name).exists() for name in names) and names[0] != names[1]:
+        logger.warning("the adapter was trained on %s and is loaded into %s; alignment may not improve", *names)

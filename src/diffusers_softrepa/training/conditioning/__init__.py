@@ -1,0 +1,70 @@
+"""Conditioners: what a pipeline makes of images and captions in training, found by the pipeline.
+
+To train another pipeline class, write a `Conditioner` for it and name it in `_CONDITIONERS`.
+"""
+
+import inspect
+from typing import Any
+
+from ...families import family_of
+from ...pipeline import denoiser_of
+from .base import Conditioner
+from .conditions import Conditions, concatenate, take
+from .flux import FluxConditioner
+from .sd3 import StableDiffusion3Conditioner
+from .unet import StableDiffusionConditioner, StableDiffusionXLConditioner
+
+_CONDITIONERS: tuple[type[Conditioner], ...] = (
+    StableDiffusionConditioner,
+    StableDiffusionXLConditioner,
+    StableDiffusion3Conditioner,
+    FluxConditioner,
+)
+
+
+def conditioner_of(
+    pipeline: Any, *, max_sequence_length: int | None = None, guidance_scale: float | None = None
+) -> Conditioner:
+    """Returns the conditioner of a pipeline.
+
+    Args:
+        pipeline: A text-to-image pipeline.
+        max_sequence_length: Text tokens per caption where the family leaves a choice; None for the published number.
+        guidance_scale: What a guidance-distilled denoiser is told; None for the published number.
+
+    Raises:
+        ValueError: There is no conditioner for this pipeline, a setting is not one of its own or not positive, or the
+            pipeline cannot be trained (see `Conditioner`).
+    """
+    conditioner = _conditioner_class(pipeline)
+    given = {"max_sequence_length": max_sequence_length, "guidance_scale": guidance_scale}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    foreign = sorted(settings.keys() - inspect.signature(conditioner).parameters.keys())
+    if foreign:
+        raise ValueError(f"{type(pipeline).__name__} leaves no choice of {', '.join(foreign)}; do not set it")
+    if any(value <= 0 for value in settings.values()):
+        raise ValueError(f"settings must be positive, but are {settings}")
+    return conditioner(pipeline, **settings)
+
+
+def _conditioner_class(pipeline: Any) -> type[Conditioner]:
+    family = family_of(denoiser_of(pipeline)).name
+    known = [conditioner for conditioner in _CONDITIONERS if conditioner.family == family]
+    bases = {base.__name__ for base in type(pipeline).__mro__}
+    for conditioner in known:
+        if bases & set(conditioner.pipelines):
+            return conditioner
+    if not known:
+        families = sorted({conditioner.family for conditioner in _CONDITIONERS})
+        raise ValueError(
+            f"training needs a conditioner for family {family!r}, and there is none, only for {', '.join(families)}; "
+            "write a Conditioner for it"
+        )
+    names = [name for conditioner in known for name in conditioner.pipelines]
+    raise ValueError(
+        f"training family {family!r} needs a {' or '.join(names)}, but got a {type(pipeline).__name__}; "
+        f"{names[0]}.from_pipe(pipeline) makes one of another pipeline of the same model"
+    )
+
+
+__all__ = ["Conditioner", "Conditions", "concatenate", "conditioner_of", "take"]

@@ -1,0 +1,44 @@
+"""From images to latents: what a VAE makes of pixels, and the shift and scale that denoisers learned on."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+
+
+def vae_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Encodes pixels, (n, 3, H, W) in [-1, 1]: a sample of the posterior, or its mode if no generator is given.
+
+    Returns:
+        Latents as the VAE makes them, (n, C, h, w) float32.
+    """
+    with _float32_where_needed(vae):
+        encoded = vae.encode(pixels.to(get_module_execution_device(vae), vae.dtype))
+        return retrieve_latents(encoded, generator, "argmax" if generator is None else "sample").float()
+
+
+def normalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Shifts and scales latents, (n, C, h, w), by the numbers in the VAE's config: what decoding undoes."""
+    shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return (latents - shift) * scale
+    mean = latents.new_tensor(config["latents_mean"]).view(-1, 1, 1)  # (C, 1, 1)
+    std = latents.new_tensor(config["latents_std"]).view(-1, 1, 1)  # (C, 1, 1)
+    return (latents - mean) * scale / std
+
+
+@contextmanager
+def _float32_where_needed(vae: Any) -> Iterator[None]:
+    """Runs a VAE in float32 for a while if its config says that it overflows in float16, as SDXL's does."""
+    needed = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if needed:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if needed:
+            vae.to(torch.float16)

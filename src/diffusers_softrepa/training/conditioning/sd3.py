@@ -1,0 +1,59 @@
+"""Stable Diffusion 3 and 3.5: 77 tokens of two CLIPs and, behind them, up to 512 of T5, without a mask.
+
+A pipeline without its T5 reads zeros in that place, as in sampling.
+
+Source: SoftREPA, arXiv 2503.08250: 512 T5 tokens, where diffusers samples with 256 unless told otherwise.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Conditioner
+from .conditions import Conditions
+
+
+class StableDiffusion3Conditioner(Conditioner):
+    """Conditions: `prompt_embeds` (n, 77 + T5 tokens, D), `pooled_prompt_embeds` (n, P).
+
+    Attributes:
+        max_sequence_length: T5 tokens per caption; clipped to the tokenizer's limit.
+    """
+
+    family = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    text_components = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+    def __init__(self, pipeline: Any, *, max_sequence_length: int = 512) -> None:
+        super().__init__(pipeline)
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipeline.transformer.config.in_channels
+
+    @property
+    def latent_multiple(self) -> int:
+        return self.pipeline.transformer.config.patch_size
+
+    def _encode(self, captions: list[str], device: torch.device) -> Conditions:
+        length, tokenizer = self.max_sequence_length, self.pipeline.tokenizer_3
+        prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            captions,
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length if tokenizer is None else min(length, tokenizer.model_max_length),
+        )
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        return self.pipeline.transformer(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            pooled_projections=conditions["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]

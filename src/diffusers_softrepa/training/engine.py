@@ -1,0 +1,251 @@
+"""Pairs at any batch size: exact gradients of an objective over b images and c captions, a chunk of pairs at a time.
+
+Rows are independent of each other, and given the weights that an objective puts on a row's errors, so are its pairs
+(`objectives.PairRegression`). So
+
+- where a chunk holds whole rows, their pairs run once with gradients, the objective reads the errors, and the weights
+  go straight into the backward pass: the published algorithm with 1 / b of its memory and no recomputation;
+- where a row is larger than a chunk, or only sampled negatives are to be trained, its pairs run once without gradients
+  for their errors, and those with a weight once more, in chunks, with them.
+
+Either way the peak memory is that of one chunk, whatever b is.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..objectives import Objective, PairRegression
+from ..pairs import is_positive, pair_errors, subsample_negatives
+from .conditioning.conditions import Conditions, take
+
+AUTOMATIC_CHUNK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Noised images, captions, and which of them meet.
+
+    Attributes:
+        noisy_latents: (b, ...), each image noised once.
+        target: What the denoiser should predict for each, (b, ...).
+        timestep: (b,) on the 0..1000 scale.
+        conditions: The c captions, encoded: tensors with c rows.
+        positive: Column of each image's caption, (b,) int64.
+        candidates: Which pairs take part, (b, c) bool.
+    """
+
+    noisy_latents: Tensor
+    target: Tensor
+    timestep: Tensor
+    conditions: Conditions
+    positive: Tensor
+    candidates: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairStep:
+    """What one batch gave.
+
+    Attributes:
+        loss: Scalar, mean over the rows.
+        errors: (b, c), NaN for pairs that were not run.
+        gradients: Of the loss, one for each parameter.
+    """
+
+    loss: Tensor
+    errors: Tensor
+    gradients: list[Tensor]
+
+
+class PairEngine:
+    """Runs batches of pairs for one objective.
+
+    Args:
+        predict: From noisy latents (n, ...), timesteps (n,) and conditions of n rows to predictions (n, ...).
+        objective: What to minimise.
+        parameters: The soft tokens in training.
+        use_bank: Chooses the token bank of the calls that follow: (n,) int64, or one for all.
+        ema: Puts the EMA of the tokens in their place while it lasts, for objectives that ask for it.
+        pair_chunk_size: Pairs that run at once; None for 16, halved each time memory runs out.
+        num_backward_negatives: Sampled negatives that each row trains besides its matched pair, without bias; None
+            for all of them.
+        loss_scale: Factor of the backward pass, taken out of the gradients again, for half precision.
+
+    Raises:
+        ValueError: A size is below 1.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor, Tensor, Conditions], Tensor],
+        objective: Objective,
+        parameters: Sequence[Parameter],
+        *,
+        use_bank: Callable[[Tensor | int], None] = lambda bank: None,
+        ema: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pair_chunk_size: int | None = None,
+        num_backward_negatives: int | None = None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        for name, size in (("pair_chunk_size", pair_chunk_size), ("num_backward_negatives", num_backward_negatives)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, or None, but is {size}")
+        self._predict = predict
+        self._objective = objective
+        self._parameters = list(parameters)
+        self._use_bank = use_bank
+        self._ema = ema
+        self._num_backward_negatives = num_backward_negatives
+        self.chunk_size = pair_chunk_size or AUTOMATIC_CHUNK
+        self.loss_scale = loss_scale
+
+    def step(self, batch: PairBatch, *, generator: torch.Generator | None = None) -> PairStep:
+        """Returns the loss, the errors and the gradients of a batch.
+
+        Args:
+            batch: The pairs.
+            generator: CPU generator that samples negatives.
+
+        Raises:
+            torch.OutOfMemoryError: Not even one pair fits.
+        """
+        wanted = batch.candidates if self._objective.min_negatives else is_positive(batch.positive, batch.candidates)
+        batch_size = len(batch.positive)
+        total = PairStep(
+            loss=batch.target.new_zeros((), dtype=torch.float32),
+            errors=torch.full(wanted.shape, torch.nan, device=batch.target.device),
+            gradients=[torch.zeros_like(parameter) for parameter in self._parameters],
+        )
+        first = 0
+        while first < batch_size:
+            rows = self._next_rows(wanted, first)
+            try:
+                done = self._step_rows(_rows_of(batch, wanted, rows), generator)
+            except torch.OutOfMemoryError:
+                if self.chunk_size == 1:
+                    raise
+                done = None
+            if done is None:  # only here are the tensors of the failed call let go
+                torch.cuda.empty_cache()
+                self.chunk_size //= 2
+                continue
+            share = len(rows) / batch_size
+            total.loss.add_(done.loss, alpha=share)
+            total.errors[rows.start : rows.stop] = done.errors
+            for gradient, part in zip(total.gradients, done.gradients, strict=True):
+                gradient.add_(part, alpha=share)
+            first = rows.stop
+        return total
+
+    @torch.no_grad()
+    def errors(self, batch: PairBatch) -> Tensor:
+        """Returns the errors of all candidates, (b, c), NaN elsewhere, without gradients."""
+        found = [
+            pair_errors(self._run(batch, pairs), batch.target[pairs[:, 0]])
+            for pairs in batch.candidates.nonzero().split(self.chunk_size)
+        ]
+        return _scattered(torch.cat(found), batch)
+
+    def _next_rows(self, wanted: Tensor, first: int) -> range:
+        """Returns the rows to run together: as many as the chunk holds the trained pairs of, at least one."""
+        trained = wanted.sum(1)
+        if self._num_backward_negatives is not None:
+            trained = trained.clamp(max=1 + self._num_backward_negatives)
+        fitting = int((trained[first:].cumsum(0) <= self.chunk_size).sum())
+        return range(first, first + max(1, fitting))
+
+    def _step_rows(self, batch: PairBatch, generator: torch.Generator | None) -> PairStep:
+        """Runs whole rows at once, if the chunk holds them and nothing asks for a first pass."""
+        pairs = batch.candidates.nonzero()
+        if len(pairs) > self.chunk_size or self._samples(batch) or self._objective.needs_ema_predictions:
+            return self._step_twice(batch, generator)
+        found = pair_errors(self._run(batch, pairs), batch.target[pairs[:, 0]])
+        errors = _scattered(found.detach(), batch)
+        regression = self._objective(errors, batch.positive, batch.candidates)
+        return PairStep(regression.loss, errors, self._gradients(found, regression.weights[batch.candidates]))
+
+    def _samples(self, batch: PairBatch) -> bool:
+        """Returns whether a row has more negatives than are to be trained."""
+        most = self._num_backward_negatives
+        return most is not None and bool((batch.candidates.sum(1) > 1 + most).any())
+
+    def _step_twice(self, batch: PairBatch, generator: torch.Generator | None) -> PairStep:
+        """Runs pairs without gradients for their weights, then those with a weight, in chunks, with gradients."""
+        errors, regression = self._first_pass(batch)
+        weights = regression.weights
+        if self._num_backward_negatives is not None:
+            weights = subsample_negatives(weights, batch.positive, self._num_backward_negatives, generator=generator)
+        loss = torch.zeros_like(regression.loss)
+        gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for pairs in weights.nonzero().split(self.chunk_size):
+            index = tuple(pairs.T)
+            target = batch.target[index[0]] if regression.targets is None else regression.targets[index]
+            found = pair_errors(self._run(batch, pairs), target)
+            loss += (weights[index] * found.detach()).sum()
+            for gradient, part in zip(gradients, self._gradients(found, weights[index]), strict=True):
+                gradient.add_(part)
+        # Where targets are shifted by the EMA's predictions, the loss is that of the tokens in training.
+        return PairStep(regression.loss if regression.targets is None else loss, errors, gradients)
+
+    @torch.no_grad()
+    def _first_pass(self, batch: PairBatch) -> tuple[Tensor, PairRegression]:
+        """Returns the errors of all pairs (b, c) and the regression they lead to."""
+        keeps = self._objective.needs_ema_predictions
+        shape = (*batch.candidates.shape, *batch.target.shape[1:])
+        predictions = batch.target.new_zeros(shape) if keeps else None
+        found = []
+        with self._ema() if keeps else nullcontext():
+            for pairs in batch.candidates.nonzero().split(self.chunk_size):
+                prediction = self._run(batch, pairs)
+                found.append(pair_errors(prediction, batch.target[pairs[:, 0]]))
+                if predictions is not None:
+                    predictions[tuple(pairs.T)] = prediction.to(predictions.dtype)
+        errors = _scattered(torch.cat(found), batch)
+        target = batch.target if keeps else None
+        return errors, self._objective(errors, batch.positive, batch.candidates, predictions, target)
+
+    def _run(self, batch: PairBatch, pairs: Tensor) -> Tensor:
+        """Returns the predictions of pairs (n, 2) of row and column."""
+        row, column = pairs.T
+        if self._objective.num_banks > 1:
+            self._use_bank((batch.positive[row] != column).long())
+        conditions = take(batch.conditions, column)
+        try:
+            return self._predict(batch.noisy_latents[row], batch.timestep[row], conditions)
+        finally:
+            self._use_bank(0)
+
+    def _gradients(self, errors: Tensor, weights: Tensor) -> list[Tensor]:
+        """Returns the gradient of sum(weights * errors) for each parameter."""
+        found = torch.autograd.grad(
+            errors, self._parameters, (weights * self.loss_scale).to(errors.dtype), allow_unused=True
+        )
+        return [
+            torch.zeros_like(parameter) if gradient is None else gradient / self.loss_scale
+            for parameter, gradient in zip(self._parameters, found, strict=True)
+        ]
+
+
+def _rows_of(batch: PairBatch, wanted: Tensor, rows: range) -> PairBatch:
+    """Returns some rows of a batch, with `wanted` for candidates, and all of its captions."""
+    chosen = slice(rows.start, rows.stop)
+    return replace(
+        batch,
+        noisy_latents=batch.noisy_latents[chosen],
+        target=batch.target[chosen],
+        timestep=batch.timestep[chosen],
+        positive=batch.positive[chosen],
+        candidates=wanted[chosen],
+    )
+
+
+def _scattered(found: Tensor, batch: PairBatch) -> Tensor:
+    """Returns the errors of the candidates, in the order of `nonzero`, as (b, c) with NaN elsewhere."""
+    errors = found.new_full(batch.candidates.shape, torch.nan)
+    errors[batch.candidates] = found
+    return errors

@@ -1,0 +1,290 @@
+"""From an image of a data set to the pixels that the VAE reads: its size, its bucket, its crop.
+
+An image of size (h, w) fills a frame of size (H, W) when scaled by max(H / h, W / w); what stands out on the longer
+side is cut off, on both sides alike or at a drawn place. With aspect buckets (H, W) is the one of a table of sizes
+of about equal area whose aspect ratio is nearest to that of the image, |log(H / W) - log(h / w)| least.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Size = tuple[int, int]
+Crop = Literal["center", "random"]
+
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 are turned by a quarter
+_LOADING = threading.Lock()
+
+
+class BrokenExample(ValueError):
+    """An example that cannot be used: an image that cannot be read, or no caption. Skipped and counted."""
+
+
+@final
+@dataclass(frozen=True)
+class Framing:
+    """How images become pixels of one size, or of one of a few.
+
+    Attributes:
+        resolution: Height and width in pixels, or one number for both. With aspect buckets, their area.
+        aspect_buckets: Sorts images into sizes of about equal area and keeps their aspect ratio.
+        multiple_of: Bucket sides are multiples of this; a multiple of the VAE's factor times the patch size.
+        max_aspect_ratio: Of the longest bucket.
+        crop: "center", or "random": along the longer side, drawn per image and epoch.
+        flip: Mirrors half of the images, drawn per image and epoch. Off, because it makes "left of" in a caption
+            wrong, and mirrors writing.
+
+    Raises:
+        ValueError: A field is out of range.
+    """
+
+    resolution: int | Size = 512
+    aspect_buckets: bool = False
+    multiple_of: int = 64
+    max_aspect_ratio: float = 2.0
+    crop: Crop = "center"
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        given = (self.resolution,) * 2 if isinstance(self.resolution, int) else tuple(self.resolution)
+        if len(given) != 2 or not all(isinstance(side, int) and side > 0 for side in given):
+            raise ValueError(
+                f"resolution must be a positive number or (height, width) of pixels but got {self.resolution!r}"
+            )
+        object.__setattr__(self, "resolution", given)
+        if not 1 <= self.multiple_of <= min(given):
+            raise ValueError(
+                f"multiple_of must be between 1 and the resolution {given} but got {self.multiple_of}; "
+                "give the VAE's factor times the patch size, such as 16 for SD3"
+            )
+        if not self.max_aspect_ratio >= 1:
+            raise ValueError(f"max_aspect_ratio must be at least 1 but got {self.max_aspect_ratio}")
+        if self.crop not in get_args(Crop):
+            raise ValueError(f"crop must be one of {get_args(Crop)} but got {self.crop!r}")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes (H, W) that pixels can have, from wide to tall."""
+        height, width = self.resolution  # type: ignore[misc]  # a pair since __post_init__
+        if not self.aspect_buckets:
+            return ((height, width),)
+        return bucket_sizes(height * width, self.multiple_of, self.max_aspect_ratio)
+
+    def size_of(self, original: Size) -> Size:
+        """The size (H, W) that an image of size (h, w) is brought to."""
+        aspect = math.log(original[0] / original[1])
+        return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """All that decides an image's pixels as they are in epoch 0: for the key of a latent cache."""
+        drawn = self.crop == "random" or self.flip
+        return {**asdict(self), "seed": seed if drawn else None}
+
+
+@cache
+def bucket_sizes(area: int, multiple_of: int, max_aspect_ratio: float) -> tuple[Size, ...]:
+    """Sizes (H, W) of about one area, from wide to tall, each with its turned twin.
+
+    The short side runs over the multiples up to the square root of the area, the long side is the multiple that
+    brings the area nearest; so it is off by less than multiple_of / 2 times the short side.
+    """
+    shortest = math.sqrt(area / max_aspect_ratio)
+    shorts = [k * multiple_of for k in range(1, int(math.sqrt(area)) // multiple_of + 1)]
+    pairs = [(short, round(area / short / multiple_of) * multiple_of) for short in shorts if short >= shortest]
+    pairs = [(short, long) for short, long in pairs if long <= max_aspect_ratio * short]
+    side = max(1, round(math.sqrt(area) / multiple_of)) * multiple_of
+    sizes = {(side, side), *pairs, *((long, short) for short, long in pairs)}
+    return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
+
+
+@final
+@dataclass(frozen=True)
+class Frame:
+    """Where an image's pixels come from.
+
+    Attributes:
+        size: Of the pixels, (H, W).
+        original_size: Of the upright image, (h, w).
+        box: The part of the upright image that is kept, (left, top, right, bottom) in its pixels.
+        crop_top_left: The corner of that part in the resized (and mirrored) image, (top, left); SDXL reads it.
+        flip: Mirrored or not.
+    """
+
+    size: Size
+    original_size: Size
+    box: tuple[float, float, float, float]
+    crop_top_left: Size
+    flip: bool
+
+
+def place_frame(original: Size, size: Size, framing: Framing, *, crop_at: float = 0.5, flip_at: float = 1.0) -> Frame:
+    """Places the frame on an image.
+
+    Args:
+        original: Size of the upright image, (h, w).
+        size: Of the pixels, (H, W): `framing.size_of(original)`.
+        framing: The settings.
+        crop_at: Draw in [0, 1): where along the slack a random crop begins.
+        flip_at: Draw in [0, 1): below a half mirrors, if the framing flips.
+    """
+    scale = max(size[0] / original[0], size[1] / original[1])
+    at = crop_at if framing.crop == "random" else 0.5
+    top, left = (at * max(0.0, whole - part / scale) for whole, part in zip(original, size, strict=True))
+    box = (left, top, min(left + size[1] / scale, original[1]), min(top + size[0] / scale, original[0]))
+    flip = framing.flip and flip_at < 0.5
+    corner = (top, max(0.0, original[1] - box[2]) if flip else left)
+    return Frame(size, original, box, (round(corner[0] * scale), round(corner[1] * scale)), flip)
+
+
+def render(image: Image.Image, frame: Frame) -> Tensor:
+    """Resizes (Lanczos, antialiased) and crops an upright RGB image: (3, H, W) float32 in [-1, 1]."""
+    height, width = frame.size
+    resized = image.resize((width, height), Image.Resampling.LANCZOS, box=frame.box)
+    array = np.array(resized, dtype=np.float32)  # (H, W, 3)
+    array = array[:, ::-1] if frame.flip else array
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1)
+
+
+def fetch(image: Any) -> bytes | Image.Image:
+    """Reads an image of a data set without decoding it.
+
+    Args:
+        image: Encoded bytes; a path or URL; a dict with "bytes" or "path", as `datasets` stores images; a PIL image;
+            a uint8 array (h, w) or (h, w, 3 or 4); a tensor (1, 3 or 4, h, w), uint8 or float in [0, 1];
+            the OSError that reading it raised.
+
+    Raises:
+        BrokenExample: There is nothing to read.
+        TypeError: It is none of those.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, OSError):
+        raise BrokenExample(f"the data set cannot read it: {image}") from image
+    if image is None or (isinstance(image, bytes | str) and not image):
+        raise BrokenExample("there is no image")
+    if isinstance(image, str | PathLike):
+        return _read(image)
+    if isinstance(image, Tensor | np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image | bytes):
+        return image
+    raise TypeError(
+        "images must be bytes, paths, PIL images, arrays or tensors, or dicts with 'bytes' or 'path', but got "
+        f"{type(image).__name__}; name the column that holds them with image_column=..."
+    )
+
+
+def content_id(fetched: bytes | Image.Image) -> int:
+    """A number in [0, 2^63) that stands for the image, equal only for equal files (or equal PIL images)."""
+    if isinstance(fetched, Image.Image):
+        header = f"{fetched.mode} {fetched.size} {fetched.getpalette()} "
+        fetched = header.encode() + _loaded(fetched).tobytes()
+    return int.from_bytes(hashlib.blake2b(fetched, digest_size=8).digest(), "little") >> 1
+
+
+def image_size(image: Any) -> Size:
+    """Size (h, w) of the upright image, from its header alone; errors as `decode`."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    local = isinstance(image, str | PathLike) and "://" not in str(image)
+    source = image if local else fetch(image)
+    try:
+        with _open(source) as opened:
+            return _checked_size(opened)
+    except BrokenExample:
+        raise
+    except Exception as error:  # the decoders of some forty formats raise what they like
+        raise BrokenExample(f"its header cannot be read: {error}") from error
+
+
+def decode(fetched: bytes | Image.Image) -> Image.Image:
+    """Decodes an image: upright, RGB, 8 bits per channel, transparency over white, the first of several pictures.
+
+    Raises:
+        BrokenExample: It cannot be decoded: cut off, not an image, of size zero, or of floats without a range.
+    """
+    try:
+        with _open(fetched) as opened:
+            _checked_size(opened)
+            return _to_rgb(ImageOps.exif_transpose(_loaded(opened)))
+    except BrokenExample:
+        raise
+    except Exception as error:
+        raise BrokenExample(f"it cannot be decoded: {error}") from error
+
+
+def _read(path: str | PathLike[str]) -> bytes:
+    try:
+        if "://" in str(path):
+            with fsspec.open(str(path), "rb") as file:
+                return file.read()
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BrokenExample(f"{path} cannot be read: {error}") from error
+
+
+def _from_array(image: Tensor | np.ndarray) -> Image.Image:
+    if isinstance(image, Tensor):
+        if image.is_floating_point():
+            if not (image.numel() and image.min() >= 0 and image.max() <= 1):
+                raise BrokenExample("its floats must be in [0, 1]")
+            image = (image * 255).round().to(torch.uint8)
+        image = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image.detach().cpu().numpy()
+    image = image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+        raise BrokenExample(f"arrays must be uint8 and (h, w) or (h, w, 3 or 4) but it is {image.dtype} {image.shape}")
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def _open(source: Any) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)  # not ours to close
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    with _LOADING:  # two rows may share one PIL image, and loading it twice at once breaks it
+        image.load()
+    return image
+
+
+def _checked_size(image: Image.Image) -> Size:
+    width, height = image.size
+    if not (width and height):
+        raise BrokenExample(f"its size is {height} x {width}")
+    return (width, height) if _is_turned(image) else (height, width)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    # Pillow turns TIFF sizes itself, and would decode a whole PNG in search of EXIF that it has not met before.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BrokenExample("it holds floats, whose range is not known; store it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, in 32 where the format has no other; converting would clip
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

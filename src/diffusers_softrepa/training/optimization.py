@@ -1,0 +1,131 @@
+"""Optimizer, learning-rate schedule and moving average of the tokens, from the run's settings."""
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+from .arguments import ContrastiveFlowMatchingArguments
+
+
+def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[Parameter]) -> Optimizer:
+    """Returns the optimizer that the settings name.
+
+    Raises:
+        ValueError: There is no such class, or it does not take these arguments.
+    """
+    module, _, name = args.optimizer.rpartition(".")
+    try:
+        cls: Any = getattr(importlib.import_module(module or "torch.optim"), name)
+        if Optimizer not in inspect.getmro(cls):
+            raise TypeError(f"{name} is no optimizer class")
+        if inspect.signature(cls.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise TypeError(f"{name} computes losses of its own, which training does not hand out")
+        return cls(parameters, lr=args.learning_rate, **json.loads(args.optimizer_arguments))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"optimizer={args.optimizer!r} with optimizer_arguments={args.optimizer_arguments!r} makes no optimizer: "
+            f"{error}; name a class of torch.optim, or package.module.Class of an installed package"
+        ) from error
+
+
+class Schedule:
+    """The learning rate over optimizer steps; skipped steps do not count.
+
+    Args:
+        args: The settings. `warm_restarts` is SoftREPA's cosine with restarts, updated every `lr_update_steps` steps.
+        optimizer: Whose rate it sets.
+        max_steps: Optimizer steps of the whole run.
+
+    Raises:
+        ValueError: diffusers does not know a schedule of that name, or needs more than these settings for it.
+    """
+
+    def __init__(self, args: ContrastiveFlowMatchingArguments, optimizer: Optimizer, max_steps: int) -> None:
+        self._steps = 0
+        if args.lr_scheduler == "warm_restarts":
+            self._every = args.lr_update_steps
+            self._schedule: Any = CosineAnnealingWarmRestarts(
+                optimizer, T_0=args.lr_restart_period, eta_min=args.lr_floor
+            )
+        else:
+            self._every = 1
+            try:
+                self._schedule = get_scheduler(
+                    args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+                )
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"lr_scheduler={args.lr_scheduler!r} makes no schedule: {error}; choose warm_restarts, constant, "
+                    "constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial"
+                ) from error
+
+    @property
+    def rate(self) -> float:
+        """The learning rate now."""
+        return self._schedule.get_last_lr()[0]
+
+    def step(self) -> None:
+        """Moves on after a step of the optimizer."""
+        self._steps += 1
+        if self._steps % self._every == 0:
+            self._schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps, "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = state["steps"]
+        self._schedule.load_state_dict(state["schedule"])
+
+
+class MovingAverage:
+    """Exponential moving average of the tokens.
+
+    Args:
+        parameters: The tokens.
+        decay: Share of the old average that is kept at a step, in (0, 1).
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], decay: float) -> None:
+        self._parameters = list(parameters)
+        self._decay = decay
+        self.values = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the tokens' present values in."""
+        for value, parameter in zip(self.values, self._parameters, strict=True):
+            value.lerp_(parameter, 1 - self._decay)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the average."""
+        self.values = [value.to(device) for value in self.values]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average in the tokens' place while it lasts."""
+        live = [parameter.detach().clone() for parameter in self._parameters]
+        self.settle()
+        try:
+            yield
+        finally:
+            self._put(live)
+
+    def settle(self) -> None:
+        """Puts the average in the tokens' place for good."""
+        self._put(self.values)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)

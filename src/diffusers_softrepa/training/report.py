@@ -1,0 +1,271 @@
+"""What a finished run leaves for people: the model card with settings, curves and pictures, and the pushed folder.
+
+Everything is read back from the output folder, so a report can be written again at any time.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..card import hub_id, model_card, section
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
+from ..config import SoftREPAConfig
+from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
+from .arguments import ContrastiveFlowMatchingArguments
+from .journal import LOG_NAME, read_log
+
+SETTINGS_NAME = "training_args.json"
+CURVES_NAME = "curves.png"
+PICTURES_NAME = "validation.png"
+VALIDATION_FOLDER = "validation"
+
+_ESSENTIAL = ("objective", "train_batch_size", "learning_rate", "resolution", "mixed_precision", "seed")
+_PRIVATE = {  # paths of this machine, and what is nobody's concern once training is over
+    "output_dir",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "max_steps",
+    "num_train_epochs",
+    "dry_run",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+    "hub_token",
+    "report_to",
+    "logging_steps",
+    "dataloader_num_workers",
+    "validation_prompts",  # listed with their pictures
+}
+_HELD_OUT = "held_out/"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learned from.
+
+    Attributes:
+        train_images: How many, None of a stream.
+        train_name: Hub id of the data set, None for other data.
+        eval_name: Hub id of the held-out data set, None for other data.
+    """
+
+    train_images: int | None = None
+    train_name: str | None = None
+    eval_name: str | None = None
+
+
+def data_name(dataset: Any) -> str | None:
+    """Returns the Hub id that a data set was named by; paths and objects have none."""
+    return hub_id(dataset) if isinstance(dataset, str) else None
+
+
+def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: int, num_captions: int) -> list[str]:
+    """Writes settings, curves, the last validation pictures and the model card beside the adapter in `output_dir`.
+
+    Of a card that is there only the sections that this package wrote are replaced.
+
+    Args:
+        args: The settings of the run.
+        data: What it learned from.
+        steps: Optimizer steps done.
+        num_captions: Captions that each image is compared with, its own included.
+
+    Returns:
+        The names of the files that the card shows.
+    """
+    folder = Path(args.output_dir)
+    log = read_log(folder / LOG_NAME)
+    (folder / SETTINGS_NAME).write_text(json.dumps(args.to_dict(), indent=2) + "\n", encoding="utf-8")
+    shown = []
+    if any("loss" in entry for entry in log):
+        draw_curves(log, num_captions=num_captions).savefig(folder / CURVES_NAME, dpi=110)
+        shown.append(CURVES_NAME)
+    pictures = sorted((folder / VALIDATION_FOLDER).glob("step-*.png"))
+    if pictures:
+        shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
+        shown.append(PICTURES_NAME)
+    config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+    write_card(folder, _card(args, config, data, log, shown, steps=steps, num_captions=num_captions))
+    return shown
+
+
+def push_report(args: ContrastiveFlowMatchingArguments) -> str:
+    """Pushes the adapter in `args.output_dir` with its card, curves and pictures; returns the URL of the commit.
+
+    Raises:
+        OSError: The Hub refused; the folder is untouched.
+    """
+    folder = Path(args.output_dir)
+    shown = [name for name in (CURVES_NAME, PICTURES_NAME) if (folder / name).is_file()]
+    return push_folder(
+        folder,
+        args.hub_model_id or folder.resolve().name,
+        [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *shown],
+        private=args.hub_private,
+        token=args.hub_token,
+    )
+
+
+# Curves.
+
+
+def draw_curves(log: Sequence[Mapping[str, float]], *, num_captions: int) -> Figure:
+    """Returns the curves of a run: training in blue, held-out pairs in orange, what guessing gives dotted.
+
+    Args:
+        log: From `read_log`.
+        num_captions: Captions that each image is compared with, its own included.
+    """
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    panels: Any = figure.subplots(2, 3, sharex=True)
+    named = dict(zip(_PANELS, panels.flat, strict=True))
+    for name, axes in named.items():
+        axes.set_title(_PANELS[name], fontsize=10)
+        axes.grid(alpha=0.25)
+        _draw_train(axes, log, name)
+        held_out = _series(log, _HELD_OUT + name)
+        if held_out[0]:
+            axes.plot(*held_out, color="C1", marker="o", markersize=4, label="held-out")
+        if held_out[0] and _series(log, name)[0]:
+            axes.legend(fontsize=8)
+    named["top1"].axhline(1 / num_captions, color="0.4", linestyle=":")
+    named["top1"].set_ylim(-0.03, 1.03)
+    for name in ("margin", "information"):
+        named[name].axhline(0, color="0.4", linestyle=":")
+    for name in ("learning_rate", "gradient_norm"):
+        named[name].set_ylim(bottom=0)
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def _draw_train(axes: Axes, log: Sequence[Mapping[str, float]], name: str) -> None:
+    """Draws noisy entries faintly and their running mean boldly, once there are enough of them."""
+    steps, values = _series(log, name)
+    window = 1 if name == "learning_rate" else max(1, len(values) // 20)
+    if window > 1:
+        axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
+    if values:
+        marker = "o" if len(values) == 1 else None
+        axes.plot(steps, list(_running_mean(values, window)), color="C0", marker=marker, label="train")
+
+
+def _series(log: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    found = [(entry["step"], entry[name]) for entry in log if name in entry]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _running_mean(values: Sequence[float], window: int) -> Iterator[float]:
+    """Yields the mean of each value and those before it, `window` in all at most."""
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - window) : end]
+        yield sum(part) / len(part)
+
+
+# The card.
+
+
+def _card(
+    args: ContrastiveFlowMatchingArguments,
+    config: SoftREPAConfig,
+    data: Data,
+    log: Sequence[Mapping[str, float]],
+    shown: Sequence[str],
+    *,
+    steps: int,
+    num_captions: int,
+) -> str:
+    card = model_card(config, UNKNOWN_REPO)
+    names = list(dict.fromkeys(name for name in (data.train_name, data.eval_name) if name))
+    card.data["datasets"] = names or None
+    held_out = [entry for entry in log if f"{_HELD_OUT}top1" in entry]
+    if held_out:
+        card.data["model_name"] = UNKNOWN_REPO
+        card.data["eval_results"] = _eval_results(held_out[-1], data, num_captions)
+    parts = [
+        "## Training",
+        _data_text(args, data, steps=steps),
+        _table(("setting", "value"), _settings(args)),
+        *(["### Held-out pairs", _held_out_text(held_out, num_captions)] if held_out else []),
+        *(
+            ["### Curves", f"![Loss, top-1, margin, information and rate]({CURVES_NAME})"]
+            if CURVES_NAME in shown
+            else []
+        ),
+        *(["### Pictures", _pictures_text(args)] if PICTURES_NAME in shown else []),
+    ]
+    card.text += "\n" + section("training", "\n\n".join(parts)) + "\n"
+    return str(card)
+
+
+def _settings(args: ContrastiveFlowMatchingArguments) -> list[tuple[str, Any]]:
+    """Returns the essential settings and those that differ from the defaults."""
+    rows = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in _ESSENTIAL or (value != default and field.name not in _PRIVATE):
+            rows.append((field.name, json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value))
+    return rows
+
+
+def _data_text(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: int) -> str:
+    name = f" of [{data.train_name}](https://huggingface.co/datasets/{data.train_name})" if data.train_name else ""
+    images = "a stream of images" if data.train_images is None else f"{data.train_images:,} images"
+    batches = f"{steps:,} steps of {args.train_batch_size * args.gradient_accumulation_steps} images per process"
+    return f"Learned from {images} with captions{name} in {batches}."
+
+
+def _held_out_text(entries: Sequence[Mapping[str, float]], num_captions: int) -> str:
+    best = max(entries, key=lambda entry: entry[f"{_HELD_OUT}top1"])  # the earliest of equal ones, as in `best/`
+    columns = {"first": entries[0], "best": best, "last": entries[-1]}
+    rows = [
+        (title, *(f"{entry[_HELD_OUT + name]:.4g}" for entry in columns.values()))
+        for name, title in _METRICS.items()
+        if all(_HELD_OUT + name in entry for entry in columns.values())
+    ]
+    heads = ("", *(f"{when}, step {int(entry['step'])}" for when, entry in columns.items()))
+    note = f"Each image is compared with {num_captions} captions; guessing finds its own at a rate of"
+    return f"{_table(heads, rows)}\n\n{note} {1 / num_captions:.3g}."
+
+
+def _eval_results(entry: Mapping[str, float], data: Data, num_captions: int) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=data.eval_name or "held-out",
+            dataset_name=data.eval_name or "held-out images and captions",
+            metric_type="accuracy",
+            metric_name=f"top-1 of the matched caption among {num_captions}",
+            metric_value=round(entry[f"{_HELD_OUT}top1"], 4),
+        )
+    ]
+
+
+def _pictures_text(args: ContrastiveFlowMatchingArguments) -> str:
+    prompts = "\n".join(f"- {prompt}" for prompt in args.validation_prompts)
+    note = "Without the tokens on the left, with them on the right, from the same noise:"
+    return f"{note}\n\n{prompts}\n\n![Pictures without and with the tokens]({PICTURES_NAME})"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+
+
+_PANELS = {
+    "loss": "loss",
+    "top1": "top-1 of the matched caption",
+    "margin": "margin: nearest wrong error - matched error",
+    "information": "information bound (nats)",
+    "learning_rate": "learning rate",
+    "gradient_norm": "norm of the gradient",
+}
+_METRICS = {"top1": "top-1 of the matched caption", "margin": "margin", "information": "information bound (nats)"}

@@ -1,0 +1,54 @@
+"""The arrows between the rooms point one way, and inference does not import what only training needs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers_softrepa
+
+ROOT = Path(diffusers_softrepa.__file__).parent
+
+# Room -> the rooms it may import.
+ARROWS: dict[str, set[str]] = {
+    "families": set(),
+    "config": {"families"},
+    "tokens": {"config"},
+    "injection": {"families", "tokens"},
+    "adapter": {"config", "families", "injection", "tokens"},
+    "card": {"config"},
+    "hub": {"card"},
+    "checkpoint": {"card", "config", "hub"},
+    "convert": {"checkpoint", "config", "families"},
+    "pipeline": {"adapter", "checkpoint", "config", "families", "hub"},
+    "integration": {"adapter", "pipeline"},
+    "noising": set(),
+    "pairs": set(),
+    "objectives": {"pairs"},
+    "__init__": {"config", "families", "integration", "pipeline", "training"},  # training: only when asked for
+}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Returns the rooms of this package that a file imports."""
+    depth = len(path.relative_to(ROOT).parts)
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            imported |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return imported
+
+
+def test_every_import_between_rooms_is_an_arrow():
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room != "training":
+            assert rooms_imported(path) - {room} <= ARROWS[room], path
+
+
+def test_importing_the_package_imports_neither_training_nor_datasets():
+    code = (
+        "import sys, diffusers_softrepa; "
+        "sys.exit('datasets' in sys.modules or 'diffusers_softrepa.training' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

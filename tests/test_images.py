@@ -1,0 +1,247 @@
+"""Laws of images: buckets, frames, and every way in which a file can hold, or fail to hold, a picture."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from diffusers_softrepa.training.images import (
+    BrokenExample,
+    Framing,
+    content_id,
+    decode,
+    fetch,
+    image_size,
+    place_frame,
+    render,
+)
+
+RAMP = np.arange(20 * 30 * 3, dtype=np.float64).reshape(20, 30, 3) / (20 * 30 * 3) * 255
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photo(height=20, width=30):
+    return Image.fromarray(RAMP.astype(np.uint8)).resize((width, height))
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+@pytest.mark.parametrize("resolution", [256, 512, 1024, (512, 768)])
+@pytest.mark.parametrize("multiple_of", [16, 64])
+def test_buckets_have_about_equal_area_and_sides_that_are_multiples(resolution, multiple_of):
+    framing = Framing(resolution, aspect_buckets=True, multiple_of=multiple_of, max_aspect_ratio=2.5)
+    area = math.prod(framing.resolution)
+    for height, width in framing.sizes:
+        assert height % multiple_of == width % multiple_of == 0
+        assert max(height, width) <= 2.5 * min(height, width)
+        assert abs(height * width - area) <= multiple_of * min(height, width)
+        assert (width, height) in framing.sizes
+    assert len(set(framing.sizes)) == len(framing.sizes) > 1
+
+
+def test_the_bucket_of_an_image_is_the_one_of_nearest_aspect():
+    framing = Framing(512, aspect_buckets=True)
+    assert framing.sizes[0] == (384, 704)
+    assert framing.size_of((3000, 3000)) == framing.size_of((30, 30)) == (512, 512)
+    assert framing.size_of((300, 900)) == (384, 704)
+    assert framing.size_of((900, 300)) == (704, 384)
+
+
+def test_without_buckets_there_is_one_size_as_given():
+    assert Framing((48, 96), multiple_of=16).sizes == ((48, 96),)
+    assert Framing(72, multiple_of=16).size_of((10, 99)) == (72, 72)
+
+
+def test_settings_hold_the_seed_only_where_something_is_drawn():
+    assert Framing(512).settings(1) == Framing((512, 512)).settings(2)
+    assert Framing(512, crop="random").settings(1) != Framing(512, crop="random").settings(2)
+    assert Framing(512).settings(1) != Framing(256).settings(1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"resolution": 0}, "resolution must be a positive number"),
+        ({"resolution": (512, 512, 3)}, "resolution must be a positive number"),
+        ({"multiple_of": 1024}, "multiple_of must be between 1 and the resolution"),
+        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio must be at least 1"),
+        ({"crop": "left"}, "crop must be one of"),
+    ],
+)
+def test_framings_out_of_range_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Framing(**fields)
+
+
+@pytest.mark.parametrize("original", [(20, 30), (301, 97), (64, 64), (7, 500)])
+@pytest.mark.parametrize("crop_at", [0.0, 0.3, 0.999])
+def test_a_frame_lies_inside_the_image_and_keeps_its_aspect(original, crop_at):
+    framing = Framing((32, 48), multiple_of=8, crop="random")
+    frame = place_frame(original, (32, 48), framing, crop_at=crop_at)
+    left, top, right, bottom = frame.box
+    assert left >= 0 <= top and right <= original[1] and bottom <= original[0]
+    assert math.isclose((right - left) / (bottom - top), 48 / 32, rel_tol=1e-9)
+    resized = [side * max(32 / original[0], 48 / original[1]) for side in original]
+    assert all(
+        corner + part <= whole + 1 for corner, part, whole in zip(frame.crop_top_left, (32, 48), resized, strict=True)
+    )
+
+
+def test_a_frame_of_the_size_of_the_image_changes_nothing():
+    pixels = render(photo(), place_frame((20, 30), (20, 30), Framing((20, 30), multiple_of=2)))
+    assert pixels.dtype == torch.float32 and pixels.shape == (3, 20, 30)
+    assert_close(pixels, torch.from_numpy(np.array(photo())).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_pixels_fill_the_range_from_minus_one_to_one():
+    frame = place_frame((4, 4), (8, 8), Framing(8, multiple_of=8))
+    assert (render(Image.new("RGB", (4, 4), "white"), frame) == 1).all()
+    assert (render(Image.new("RGB", (4, 4), "black"), frame) == -1).all()
+
+
+def test_a_flip_mirrors_and_the_corner_of_the_crop_is_that_in_the_mirrored_image():
+    framing = Framing(20, multiple_of=4, crop="random", flip=True)
+    plain, flipped = (place_frame((20, 30), (20, 20), framing, crop_at=0.2, flip_at=at) for at in (0.9, 0.1))
+    assert_close(render(photo(), flipped), render(photo(), plain).flip(-1))
+    assert plain.crop_top_left == (0, 2) and flipped.crop_top_left == (0, 8)
+
+
+def test_a_center_crop_takes_no_notice_of_draws():
+    frames = {place_frame((20, 30), (20, 20), Framing(20, multiple_of=4), crop_at=at) for at in (0.0, 0.9)}
+    assert [frame.crop_top_left for frame in frames] == [(0, 5)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_images_are_turned_upright_and_their_header_says_the_same_size(kind, orientation):
+    image = Image.new("RGB", (32, 16), "red")
+    image.paste("blue", (16, 0, 32, 16))
+    data = encoded(image, kind, exif=exif(orientation))
+    upright = decode(data)
+    turned = {1: image, 3: image.rotate(180), 6: image.rotate(-90, expand=True), 8: image.rotate(90, expand=True)}
+    assert upright.size == turned[orientation].size
+    assert image_size(data) == (upright.height, upright.width)
+    difference = np.abs(np.asarray(upright, int) - np.asarray(turned[orientation], int))
+    assert difference.mean() < 20  # JPEG blurs the edge
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("L", (4, 4), 100), (100, 100, 100)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("LA", (4, 4), (40, 255)), (40, 40, 40)),
+        (Image.new("RGB", (4, 4), (9, 8, 7)).quantize(2), (9, 8, 7)),
+        (Image.fromarray(np.full((4, 4), 100 * 257, dtype=np.uint16)), (100, 100, 100)),
+        (Image.fromarray(np.full((4, 4), 200 * 257, dtype=np.int32)), (200, 200, 200)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_every_mode_becomes_rgb(image, colour):
+    assert decode(image).mode == "RGB" and decode(image).getpixel((1, 1)) == colour
+    stored = decode(encoded(image, "TIFF" if image.mode in ("CMYK", "I") else "PNG"))
+    assert stored.getpixel((1, 1)) == colour
+
+
+def test_a_transparent_palette_colour_is_white():
+    image = Image.new("P", (4, 4), 3)
+    image.putpalette([10] * 768)
+    assert decode(encoded(image, transparency=3)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_first_picture_of_an_animation_counts():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    assert decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("store", ["path", "text", "bytes", "dict", "dict of a path", "url", "pil", "array", "tensor"])
+def test_however_an_image_is_stored_its_pixels_are_the_same(store, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(photo()))
+    image = {
+        "path": tmp_path / "a.png",
+        "text": str(tmp_path / "a.png"),
+        "bytes": encoded(photo()),
+        "dict": {"bytes": encoded(photo()), "path": "a.png"},
+        "dict of a path": {"bytes": None, "path": str(tmp_path / "a.png")},
+        "url": (tmp_path / "a.png").as_uri(),
+        "pil": photo(),
+        "array": np.array(photo()),
+        "tensor": torch.from_numpy(np.array(photo())).permute(2, 0, 1) / 255,
+    }[store]
+    assert decode(fetch(image)).tobytes() == photo().tobytes()
+    assert image_size(image) == (20, 30)
+    alike = fetch(tmp_path / "a.png") if isinstance(fetch(image), bytes) else photo()
+    assert content_id(fetch(image)) == content_id(alike)
+    assert 0 <= content_id(fetch(image)) < 2**63
+
+
+def test_different_images_have_different_ids():
+    black, palette = Image.new("L", (4, 6)), Image.new("P", (4, 6))
+    palette.putpalette([200] * 768)
+    other = palette.copy()
+    other.putpalette([100] * 768)
+    assert len({content_id(image) for image in (black, Image.new("L", (6, 4)), palette, other)}) == 4
+
+
+def test_a_users_own_image_stays_open(tmp_path):
+    photo().save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image_size(image) == (20, 30)
+        assert decode(image).tobytes() == decode(image).tobytes() == photo().tobytes()
+
+
+JPEG = encoded(photo(200, 300), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (JPEG[: len(JPEG) // 2], "cannot be decoded: image file is truncated"),
+        (b"no image at all", "cannot be decoded: cannot identify"),
+        (encoded(photo())[:40], "cannot be decoded"),
+        (b"", "there is no image"),
+        (None, "there is no image"),
+        ({"bytes": None, "path": None}, "there is no image"),
+        ("/nowhere/a.jpg", "cannot be read"),
+        (OSError("bad sector"), "the data set cannot read it: bad sector"),
+        (Image.fromarray(np.zeros((3, 3), dtype=np.float32)), "it holds floats"),
+        (np.zeros((3, 3, 3)), "arrays must be uint8"),
+        (np.zeros((0, 3, 3), dtype=np.uint8), "arrays must be uint8"),
+        (torch.full((3, 2, 2), 7.0), r"floats must be in \[0, 1\]"),
+    ],
+)
+def test_what_holds_no_picture_is_a_broken_example(image, message):
+    with pytest.raises(BrokenExample, match=message):
+        decode(fetch(image))
+
+
+def test_an_image_of_size_zero_is_broken():
+    with pytest.raises(BrokenExample, match="its size is 3 x 0"):
+        decode(Image.new("RGB", (0, 3)))
+
+
+def test_a_broken_header_is_a_broken_example(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    for image in (tmp_path / "a.png", b"nothing"):
+        with pytest.raises(BrokenExample, match="its header cannot be read"):
+            image_size(image)
+
+
+def test_what_is_no_image_at_all_is_a_type_error():
+    with pytest.raises(TypeError, match="images must be bytes, paths, PIL images, arrays or tensors"):
+        fetch(3)

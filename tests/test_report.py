@@ -1,0 +1,183 @@
+"""What a finished run leaves: a card with settings, curves and pictures, beside what people wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import tiny
+from diffusers_softrepa.checkpoint import save_checkpoint
+from diffusers_softrepa.config import SoftREPAConfig
+from diffusers_softrepa.tokens import SoftTokens
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
+from diffusers_softrepa.training.report import Data, data_name, draw_curves, write_report
+
+pytest_plugins = ["hub_server"]
+
+LOG = [
+    {"step": 0, "held_out/top1": 0.25, "held_out/margin": -0.01, "held_out/information": 0.0},
+    {"step": 10, "loss": 1.4, "top1": 0.3, "margin": 0.0, "information": 0.1, "learning_rate": 1e-3},
+    {"step": 10, "held_out/top1": 0.75, "held_out/margin": 0.02, "held_out/information": 0.5},
+    {"step": 20, "loss": 1.2, "top1": 0.5, "margin": 0.1, "information": 0.2, "learning_rate": 1e-3},
+    {"step": 20, "held_out/top1": 0.5, "held_out/margin": 0.03, "held_out/information": 0.4},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a run leaves before its report."""
+    config = SoftREPAConfig.for_denoiser(tiny.sd3_transformer(), base_model_name_or_path="somebody/base")
+    save_checkpoint(tmp_path, config, dict(SoftTokens(config).state_dict()))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
+    (tmp_path / "validation").mkdir()
+    for step, colour in ((0, "black"), (20, "white")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "validation" / f"step-{step:06d}.png")
+    return tmp_path
+
+
+def reported(folder: Path, data: Data | None = None, **settings: Any) -> str:
+    """Writes a report and returns the card."""
+    args = ContrastiveFlowMatchingArguments(output_dir=str(folder), validation_prompts=["a red cat"], **settings)
+    write_report(args, data or Data(1234), steps=20, num_captions=4)
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_says_what_was_learned_from_what_and_how(folder: Path):
+    card = reported(folder, Data(1234, "alice/photos"), logits="linear", cache_dir="/home/me/secret", hub_token="hf_x")
+    assert "1,234 images with captions of [alice/photos]" in card
+    assert "| objective | softrepa |" in card and "| logits | linear |" in card
+    assert "logit_scale" not in card  # the default
+    assert "- a red cat" in card and "![Pictures without and with the tokens](validation.png)" in card
+    assert "| top-1 of the matched caption | 0.25 | 0.75 | 0.5 |" in card
+    for private in ("/home/me", "hf_x", str(folder), "None"):
+        assert private not in card
+    assert 'pipe.load_softrepa("user/this-adapter")' in card
+
+
+def test_the_metadata_carry_data_set_and_held_out_result(folder: Path):
+    data = ModelCard(reported(folder, Data(1234, "alice/photos", "alice/held-out"))).data
+    assert data.datasets == ["alice/photos", "alice/held-out"]
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("alice/held-out", "accuracy", 0.5)
+    assert "among 4" in result.metric_name
+
+
+def test_the_folder_gets_curves_the_last_pictures_and_settings_without_the_token(folder: Path):
+    reported(folder, hub_token="hf_x", seed=7)
+    with Image.open(folder / "curves.png") as curves, Image.open(folder / "validation.png") as pictures:
+        assert curves.size == (1320, 704)
+        assert len(np.unique(np.asarray(curves.convert("L")))) > 20
+        assert pictures.getpixel((0, 0)) == (255, 255, 255)
+    settings = json.loads((folder / "training_args.json").read_text())
+    assert settings["seed"] == 7 and "hub_token" not in settings
+    assert ContrastiveFlowMatchingArguments(**settings).seed == 7
+
+
+def test_a_second_report_replaces_its_section_and_nothing_else(folder: Path):
+    reported(folder)
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("---\n", "---\nlicense: mit\n", 1) + "\nTrained in Oslo.\n")
+    again = reported(folder, logits="linear")
+    assert again.count("## Training") == 1 and "| logits | linear |" in again
+    assert "license: mit" in again and again.endswith("Trained in Oslo.\n")
+    assert reported(folder, logits="linear") == again
+
+
+def test_a_card_written_by_hand_is_not_touched(folder: Path):
+    (folder / "README.md").write_text("# Mine\n")
+    assert reported(folder) == "# Mine\n"
+
+
+def test_what_there_is_not_is_not_shown(folder: Path):
+    (folder / "log.jsonl").unlink()
+    (folder / "validation" / "step-000000.png").unlink()
+    (folder / "validation" / "step-000020.png").unlink()
+    card = reported(folder, Data(None))
+    assert "a stream of images" in card
+    assert "### " not in card and "png" not in card
+    assert ModelCard(card).data.eval_results is None
+
+
+def test_a_run_of_one_entry_or_of_parts_of_the_figures_has_curves():
+    draw_curves([{"step": 1, "loss": 1.0}], num_captions=4).canvas.draw()
+    draw_curves(LOG[:1], num_captions=4).canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("alice/photos", "alice/photos"), ("/data/photos", None), ("photos", None), ([], None)]
+)
+def test_only_a_hub_id_is_a_name_to_tell(source: Any, name: str | None):
+    assert data_name(source) == name
+
+
+# Through the trainer and to the Hub.
+
+
+def trainer_of(folder: Path, **settings: Any) -> ContrastiveFlowMatchingTrainer:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(8)]
+    data = [{"image": image, "text": f"picture {number}"} for number, image in enumerate(images)]
+    args = ContrastiveFlowMatchingArguments(
+        output_dir=str(folder),
+        resolution=16,
+        max_steps=2,
+        logging_steps=1,
+        validation_steps=1,
+        validation_prompts=["a cat"],
+        num_validation_inference_steps=1,
+        report_to="none",
+        dataloader_num_workers=0,
+        **settings,
+    )
+    return ContrastiveFlowMatchingTrainer(tiny.sd15_pipeline(), args, data, data[:4])
+
+
+def test_training_ends_with_a_report_that_is_pushed(hub: Any, tmp_path: Path):
+    token = hub.add_user("alice")
+    trainer = trainer_of(tmp_path / "tokens", push_to_hub=True, hub_token=token)
+    trainer.train()
+    files = hub.files("alice/tokens")
+    assert files.keys() == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "curves.png",
+        "validation.png",
+    }
+    assert files["curves.png"] == (tmp_path / "tokens" / "curves.png").read_bytes()
+    card = files["README.md"].decode()
+    assert 'pipe.load_softrepa("alice/tokens")' in card and "user/this-adapter" not in card
+    assert "Learned from 8 images" in card and "### Held-out pairs" in card
+    ModelCard(card).validate()
+    fresh = tiny.sd15_pipeline()
+    fresh.load_softrepa("alice/tokens", token=token)
+
+
+def test_a_second_push_keeps_what_was_written_on_the_hub(hub: Any, tmp_path: Path):
+    token = hub.add_user("alice")
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="alice/mine", hub_private=True)
+    trainer.train()
+    assert hub.repos["alice/mine"].private
+    written = hub.files("alice/mine")["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1) + b"\nBy hand.\n"
+    hub.commit("alice/mine", {"README.md": written.replace(b"Learned from", b"Once learned from")})
+    trainer.push_to_hub()
+    assert hub.files("alice/mine")["README.md"] == written
+
+
+def test_without_a_login_nothing_is_trained(hub: Any, tmp_path: Path):
+    trainer = trainer_of(tmp_path / "out", push_to_hub=True, hub_token="hf_wrong")
+    with pytest.raises(OSError, match="pushing needs a Hub login"):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_push_leaves_the_folder(hub: Any, tmp_path: Path):
+    token = hub.add_user("alice")
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="bob/tokens")
+    with pytest.raises(OSError, match=f"the adapter is saved in {tmp_path}"):
+        trainer.train()
+    assert (tmp_path / "README.md").is_file() and (tmp_path / "adapter_model.safetensors").is_file()
