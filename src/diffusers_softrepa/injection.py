@@ -1,11 +1,11 @@
 """The one injector: it reads a family spec and gives a denoiser's blocks their soft tokens.
 
-It is the only code that touches somebody else's module. Two kinds of `forward` are wrapped, innermost, beneath every
-hook that offloading, caching or LoRA may have put around them, so that to all of them a block with tokens looks like
-the block itself: same arguments in, same shapes out.
+Two kinds of `forward` are wrapped, innermost, beneath every hook that offloading, caching or LoRA may have put around
+them, so that to all of them a block with tokens looks like the block itself: same arguments in, same shapes out.
 
 - The denoiser's `forward` looks up the tokens of this call's timestep and hands each block its own.
-- A block's `forward` inserts them into the text stream, runs, and cuts them off the text stream it returns.
+- A block's `forward` inserts them into the text stream, runs, and cuts them off the text stream it returns. Blocks
+  that count the rows of their text get them at its projections instead (level `"kv"`), which are wrapped as well.
 
 What a call hands to a block is kept per thread and put back when the call ends. Under gradient checkpointing a block
 runs again in the backward pass, when another timestep may be current; there the tokens are inserted before the block
@@ -20,21 +20,20 @@ which is f itself wherever all weights are 0 or 1, and linear in between. Terms 
 weights 0 and 1 a block runs once, in between once more for each distinct weight.
 """
 
-import copy
 import functools
-import inspect
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .families import FamilySpec, Group, text_blocks
+from .insertion import cut_tokens, insert_rows, insert_tokens
 from .tokens import SoftTokens
+from .wrapping import Wrap, bound, positions_of, replaced, uncompiled, wrapped_by
 
 # What one block does in one denoiser call: (factor, tokens) for each term, factor None for 1, tokens None for none.
 Terms = tuple[tuple[Tensor | None, Tensor | None], ...]
@@ -69,12 +68,42 @@ class _ThreadSlot(threading.local):
 
 @dataclass(eq=False)
 class _Site:
-    """One block that tokens can go to, and the terms of the call that runs in this thread."""
+    """One block that tokens can go to.
+
+    Attributes:
+        current: Terms of the denoiser call that runs in this thread.
+        projected: For level `"kv"`: tokens of the term that runs in this thread.
+        wraps: What is put on it: on the block, and for level `"kv"` on each projection, by path within the block.
+    """
 
     block: nn.Module
     group: Group
     positions: dict[str, int]
     current: _ThreadSlot = field(default_factory=_ThreadSlot)
+    projected: _ThreadSlot = field(default_factory=_ThreadSlot)
+    wraps: dict[str, Wrap] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, block: nn.Module, group: Group) -> "_Site":
+        site = cls(block, group, positions_of(block))
+        site.wraps[""] = Wrap(block, _run_block, site)
+        return site
+
+    def set(self, kind: Hashable) -> None:
+        """Puts the wrappers on for this kind of work, or takes them off when it is None."""
+        self.wraps[""].set(kind)
+        if self.group.level == "kv":
+            for path in self.group.projections:
+                module = uncompiled(self.block.get_submodule(path))
+                if path in self.wraps and self.wraps[path].module is not module:
+                    self.wraps[path].set(None)  # LoRA puts a layer of its own in the place of a projection
+                    del self.wraps[path]
+                self.wraps.setdefault(path, Wrap(module, _run_projection, self)).set(kind)
+
+    def follow(self) -> None:
+        """Wraps the projections that are in place now."""
+        if any(self.wraps[path].module is not uncompiled(self.block.get_submodule(path)) for path in self.wraps):
+            self.set(self.wraps[""].kind)
 
 
 class Injector:
@@ -85,13 +114,15 @@ class Injector:
         spec: Its family.
     """
 
+    _LOCK = threading.Lock()
+
     def __init__(self, denoiser: nn.Module, spec: FamilySpec) -> None:
         self._denoiser = denoiser
-        self._timestep = spec.timestep
-        self._positions = _positions(denoiser)
-        self._sites = {b.path: _site(_uncompiled(b.module), b.group) for b in text_blocks(denoiser, spec)}
-        self._denoiser_wrap = _Wrap(denoiser, _run_denoiser, self)
-        self._wraps = {path: _Wrap(site.block, _run_block, site) for path, site in self._sites.items()}
+        self._guards = spec.guards
+        self._timestep = spec.timestep_of(cast(Mapping[str, Any], denoiser.config))
+        self._positions = positions_of(denoiser)
+        self._sites = {b.path: _Site.of(uncompiled(b.module), b.group) for b in text_blocks(denoiser, spec)}
+        self._denoiser_wrap = Wrap(denoiser, _run_denoiser, self)
         # One tuple, so that a call in another thread sees all of the old or all of the new.
         self._work: tuple[tuple[Source, ...], tuple[tuple[_Site, Plan], ...]] = ((), ())
         self._bank = _ThreadSlot()
@@ -103,8 +134,8 @@ class Injector:
         plans = {path: _plan(path, sources) for path in self._sites}
         kinds = {path: _kind(plan) for path, plan in plans.items()}
         self._work = (sources, tuple((self._sites[path], plan) for path, plan in plans.items() if kinds[path]))
-        for path, wrap in self._wraps.items():
-            wrap.set(kinds[path])
+        for path, site in self._sites.items():
+            site.set(kinds[path])
         self._denoiser_wrap.set(tuple(kinds.values()) if sources else None)
 
     def use_bank(self, bank: Tensor | int) -> None:
@@ -114,15 +145,30 @@ class Injector:
     def _terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[_Site, Terms]]:
         """Returns what each site does in the denoiser call with these arguments."""
         sources, work = self._work
-        _check_undivided(self._denoiser)
-        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        timestep = _argument(self._timestep.arg, self._positions, args, kwargs)
-        timestep = torch.as_tensor(timestep, device=device).reshape(-1)  # (batch,)
+        arguments = bound(self._positions, args, kwargs)
+        self._check_call(arguments)
+        if any(site.group.level == "kv" for site, _ in work) and not torch.compiler.is_compiling():
+            self._follow()
+        timestep = torch.as_tensor(arguments[self._timestep.arg], device=_device_of(arguments))
+        level = self._timestep.level(timestep)  # (batch,) or (1,)
         bank = 0 if self._bank.value is None else self._bank.value
-        tables = [_on(source.tokens, device)(timestep, scale=self._timestep.scale, bank=bank) for source in sources]
+        tables = [_on(source.tokens, level.device)(level, bank=bank) for source in sources]
         rows = max([1] + [table.shape[0] for table in tables])  # 1 or batch
         tables = [table.expand(rows, -1, -1, -1) for table in tables]
         return [(site, _terms(plan, tables)) for site, plan in work]
+
+    def _check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses what cannot be right with tokens, before anything is touched."""
+        _check_undivided(self._denoiser)
+        for guard in self._guards:
+            hindrance = guard(self._denoiser, arguments)
+            if hindrance is not None:
+                raise ValueError(hindrance)
+
+    def _follow(self) -> None:
+        with self._LOCK:
+            for site in self._sites.values():
+                site.follow()
 
 
 def _plan(path: str, sources: Sequence[Source]) -> Plan:
@@ -157,7 +203,7 @@ def _terms(plan: Plan, tables: list[Tensor]) -> Terms:
 
 def _run_denoiser(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """The denoiser's forward: each block gets its tokens for this call, and its former ones back after it."""
-    injector, forward = _wrapped_by(module)
+    injector, forward = wrapped_by(module)
     if injector is None:
         return forward(*args, **kwargs)
     work = injector._terms_of_call(args, kwargs)
@@ -176,10 +222,18 @@ def _run_denoiser(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
 def _run_block(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """A block's forward: the weighted sum of its terms."""
-    site, forward = _wrapped_by(module)
+    site, forward = wrapped_by(module)
     if site is None or site.current.value is None:
         return forward(*args, **kwargs)
-    return _run_terms(forward, site, *args, **kwargs)
+    return _run_terms(_projecting(forward, site), site, *args, **kwargs)
+
+
+def _run_projection(module: nn.Module, /, text: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a text projection in a block that gets its tokens there."""
+    site, forward = wrapped_by(module)
+    if site is not None and site.projected.value is not None:
+        text = insert_rows(text, site.projected.value, at=site.group.at)
+    return forward(text, *args, **kwargs)
 
 
 def _run_terms(forward: Callable[..., Any], site: _Site, *args: Any, **kwargs: Any) -> Any:
@@ -193,53 +247,34 @@ def _run_terms(forward: Callable[..., Any], site: _Site, *args: Any, **kwargs: A
 def _run_with_tokens(
     forward: Callable[..., Any], site: _Site, tokens: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Inserts `tokens` (batch, K, D) into the text stream, runs the block, cuts them off what it returns."""
-    group = site.group
-    text = _argument(group.text, site.positions, args, kwargs)
-    if tokens is None or text is None:
+    """Inserts `tokens` (batch, K, D) into the text stream, runs the block, cuts them off what it returns.
+
+    For level `"kv"`, `forward` takes them before the block's own arguments.
+    """
+    by_projection = site.group.level == "kv"
+    arguments = bound(site.positions, args, kwargs)
+    changed = None if tokens is None else insert_tokens(site.group, arguments, tokens)
+    if tokens is None or changed is None:
+        return forward(*([None] if by_projection else []), *args, **kwargs)
+    args, kwargs = replaced(site.positions, args, kwargs, changed)
+    output = forward(*([tokens] if by_projection else []), *args, **kwargs)
+    return cut_tokens(site.group, arguments, output, tokens.shape[1])
+
+
+def _projecting(forward: Callable[..., Any], site: _Site) -> Callable[..., Any]:
+    """Returns the forward of a block; for level `"kv"`, one that takes the tokens of its projections first."""
+    return functools.partial(_run_projecting, forward, site) if site.group.level == "kv" else forward
+
+
+def _run_projecting(
+    forward: Callable[..., Any], site: _Site, tokens: Tensor | None, /, *args: Any, **kwargs: Any
+) -> Any:
+    before = site.projected.value
+    site.projected.value = tokens
+    try:
         return forward(*args, **kwargs)
-    changed = {group.text: _insert_tokens(text, tokens, group.at)}
-    for side in group.sides:
-        value = _argument(side.arg, site.positions, args, kwargs)
-        if value is not None:
-            grow = functools.partial(_grow, dim=side.dim, at=group.at, count=tokens.shape[1], fill=side.fill)
-            changed[side.arg] = tuple(grow(part) for part in value) if side.each else grow(value)
-    args = tuple(
-        changed.pop(name) if name in changed and name not in kwargs else value
-        for name, value in zip(site.positions, args, strict=False)
-    )
-    output = forward(*args, **{**kwargs, **changed})
-    if group.returns is None:
-        return output
-    return tuple(
-        _cut(part, at=group.at, count=tokens.shape[1]) if index == group.returns and part is not None else part
-        for index, part in enumerate(output)
-    )
-
-
-def _insert_tokens(text: Any, tokens: Tensor, at: int) -> Any:
-    if isinstance(text, tuple | list):  # IP-Adapter: (text, image tokens)
-        return type(text)([_insert_tokens(text[0], tokens, at), *text[1:]])
-    rows = tokens.to(device=text.device, dtype=text.dtype)
-    if rows.shape[0] == 1:
-        rows = rows.expand(text.shape[0], -1, -1)
-    elif rows.shape[0] != text.shape[0]:  # a block may see each row several times, as frames
-        rows = rows.repeat_interleave(text.shape[0] // rows.shape[0], dim=0)
-    return torch.cat([text[:, :at], rows, text[:, at:]], dim=1)  # (batch, sequence + K, D)
-
-
-def _grow(value: Tensor, *, dim: int, at: int, count: int, fill: Any) -> Tensor:
-    """Returns `value` with `count` rows more before row `at` of `dim`."""
-    head, tail = value.narrow(dim, 0, at), value.narrow(dim, at, value.shape[dim] - at)
-    row = value.narrow(dim, 0, 1)
-    rows = (row if fill == "first" else torch.full_like(row, fill)).repeat_interleave(count, dim=dim)
-    return torch.cat([head, rows, tail], dim=dim)
-
-
-def _cut(value: Tensor, *, at: int, count: int) -> Tensor:
-    """Returns a text stream (batch, sequence + K, D) without the `count` rows that were inserted at `at`."""
-    rest = value[:, count:] if at == 0 else torch.cat([value[:, :at], value[:, at + count :]], dim=1)
-    return rest.contiguous()  # as the block itself returns it: compiled code counts on strides
+    finally:
+        site.projected.value = before
 
 
 def _weighted_sum(factors: list[Tensor | None], outputs: list[Any]) -> Any:
@@ -259,6 +294,12 @@ def _check_undivided(denoiser: nn.Module) -> None:
             "soft tokens need the whole text stream, but context parallelism divides it among processes, and each "
             "would add tokens of its own; disable_softrepa first, or run without context parallelism"
         )
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    """Returns where a call runs: the device of the first tensor among its arguments, or in a list among them."""
+    parts = [part for value in arguments.values() for part in (value if isinstance(value, list | tuple) else [value])]
+    return next(part.device for part in parts if isinstance(part, Tensor))
 
 
 def _on(tokens: SoftTokens, device: torch.device) -> SoftTokens:
@@ -311,10 +352,11 @@ class _Checkpointing:
                 self._own = None
 
     def _checkpoint(self, own: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        site = self._sites.get(_uncompiled(block))
+        site = self._sites.get(uncompiled(block))
         if site is None or site.current.value is None:
             return own(block, *args, **kwargs)
-        return _run_terms(functools.partial(own, _WithoutTokens(block, site)), site, *args, **kwargs)
+        forward = _projecting(_WithoutTokens(block, site), site)
+        return _run_terms(functools.partial(own, forward), site, *args, **kwargs)
 
 
 class _WithoutTokens:
@@ -330,133 +372,3 @@ class _WithoutTokens:
             return self._block(*args, **kwargs)
         finally:
             self._site.current.value = before
-
-
-def _site(block: nn.Module, group: Group) -> _Site:
-    return _Site(block, group, _positions(block))
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """Returns the module inside what `torch.compile(module)` returned."""
-    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
-
-
-def _positions(module: nn.Module) -> dict[str, int]:
-    """Returns the position of each parameter of the module's own forward, self left out."""
-    return {name: index for index, name in enumerate(inspect.signature(_class_forward(module)).parameters)}
-
-
-def _argument(name: str, positions: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Returns an argument of a call, given by keyword or, under gradient checkpointing, by position."""
-    if name in kwargs:
-        return kwargs[name]
-    position = positions[name]
-    return args[position] if position < len(args) else None
-
-
-def _class_forward(module: nn.Module) -> MethodType:
-    return MethodType(type(module).forward, module)
-
-
-_WRAP = "_softrepa_wrap"
-
-
-class _Wrap:
-    """Puts `run(module, *args, **kwargs)` in place of a module's forward, and takes it off again.
-
-    In its place it is a bound method of the module, as the module's own forward is, and finds what it needs on the
-    module. So it may be rebound, wrapped and called by code that knows nothing of it, and compiled code depends on the
-    function alone, not on which object was made when.
-
-    Args:
-        module: Whose forward.
-        run: The wrapper.
-        state: What it works with, see `_wrapped_by`.
-    """
-
-    def __init__(self, module: nn.Module, run: Callable[..., Any], state: Any) -> None:
-        self.state = state
-        self.around: Callable[..., Any] = _class_forward(module)
-        self._module, self._run = module, run
-        self._kind: Hashable = None
-
-    def set(self, kind: Hashable) -> None:
-        """Puts the wrapper on for this kind of work, or takes it off without a trace when it is None."""
-        if kind == self._kind:
-            return
-        own, innermost = vars(self._module), _class_forward(self._module)
-        own.setdefault("forward", innermost)
-        if self._kind is None:
-            self.around = self._find_place(innermost)
-            own[_WRAP] = self
-        old, new = self._forward(self._kind), self._forward(kind)
-        for holder, key in _forward_holders(self._module):
-            if holder.get(key) == old:
-                holder[key] = new
-        if kind is None:
-            del own[_WRAP]
-        if own["forward"] == innermost:
-            del own["forward"]
-        self._kind = kind
-
-    def _find_place(self, innermost: MethodType) -> Callable[..., Any]:
-        """Returns what to wrap: the innermost forward, beneath all hooks, or a wrapper of unknown make around it."""
-        own = vars(self._module)["forward"]
-        beneath = any(holder.get(key) == innermost for holder, key in _forward_holders(self._module))
-        return innermost if beneath or _is_ours_beneath(own) else own
-
-    def _forward(self, kind: Hashable) -> Callable[..., Any]:
-        if kind is None:
-            return self.around
-        cls: Any = type(self._module)
-        return MethodType(_method(self._run, cls, kind), self._module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Wrap":
-        copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(
-            "a denoiser with soft-token adapters cannot be pickled; save_softrepa them, unload_softrepa, pickle, and "
-            "load_softrepa them again (state_dict, save_pretrained and copy.deepcopy work as they are)"
-        )
-
-
-@functools.cache
-def _method(run: Callable[..., Any], cls: type[nn.Module], kind: Hashable) -> FunctionType:
-    """Returns `run` as a function of its own for one class of modules and one kind of work.
-
-    Compilation keeps a few compiled versions of each function, and gives up beyond. Without this, all blocks, all
-    denoisers and all that one does with them would share those few.
-    """
-    code = run.__code__.replace(co_name=f"{run.__name__}_of_{cls.__name__}")
-    method = FunctionType(code, globals(), "forward")
-    method.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    return method
-
-
-def _wrapped_by(module: nn.Module) -> tuple[Any, Callable[..., Any]]:
-    """Returns the state of the wrapper on a module, None when it was taken off meanwhile, and the forward beneath."""
-    wrap = getattr(module, _WRAP, None)
-    return (None, _class_forward(module)) if wrap is None else (wrap.state, wrap.around)
-
-
-def _is_ours_beneath(forward: Any) -> bool:
-    """Whether a wrapper, as functools.wraps marks it, holds one of our methods from an earlier time."""
-    while forward is not None:
-        if getattr(forward, "__globals__", None) is globals():
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False
-
-
-def _forward_holders(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields every place that may keep a forward of the module: its own attribute, accelerate's copy of what it
-    replaced, diffusers' chain of hooks."""
-    yield vars(module), "forward"
-    yield vars(module), "_old_forward"
-    registry = vars(module).get("_diffusers_hook")
-    for reference in registry._fn_refs if registry is not None else ():
-        yield vars(reference), "forward"
-        yield vars(reference), "original_forward"

@@ -6,11 +6,15 @@ cut the same K rows off the stream that the block returns. A `FamilySpec` says w
 touches a module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+# From a denoiser and the arguments of its call to what stands in the way of soft tokens, or None.
+Guard = Callable[[nn.Module, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,25 @@ class Side:
     Attributes:
         arg: Name of the block's argument. Absent or None at a call, it is left alone.
         dim: Its sequence dimension.
-        fill: `"first"` repeats the row of the first text token (position-free rotary rows); a number fills a constant
-            (0.0 keeps a key in an additive mask, 1.0 or True in a multiplicative one).
+        fill: `"first"` repeats the row of the first text token (position-free rotary rows); `"identity"` is the
+            rotation by nothing, for rotary rows whose first row is no text; a number fills a constant (0.0 keeps a key
+            in an additive mask, 1.0 or True in a multiplicative one).
         each: The argument is a tuple of tensors and every one of them grows, as in rotary `(cos, sin)`.
+        select: Which part of a tuple (index) or dict (key) grows; the argument itself unless given.
+        where: Where the text begins in it: `"tokens"` at row 0, as in the text stream; `"text_last"` behind
+            everything else, so that its last rows are those of the text; `"end"` puts the new rows behind all others.
+        full: A mask with a row and a column for each token: both grow.
+        per_token: It has a row for each token only sometimes (modulation); where it has none, it is left alone.
     """
 
     arg: str
     dim: int
-    fill: Literal["first"] | float = "first"
+    fill: Literal["first", "identity"] | float = "first"
     each: bool = False
+    select: int | str | None = None
+    where: Literal["tokens", "text_last", "end"] = "tokens"
+    full: bool = False
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,36 +50,90 @@ class Group:
     """Blocks of a denoiser that read text in the same way.
 
     Attributes:
-        path: Attribute of the denoiser: a `ModuleList` of blocks, or one block (or None).
+        path: Attribute of the denoiser: a `ModuleList` of blocks (or of such lists), or one block (or None). Dots lead
+            into submodules.
         text: Name of the block argument that carries the text stream, `(batch, sequence, width)`. A tuple is accepted
-            at a call (IP-Adapter): its first element is the text.
-        returns: Index of the text stream in the block's output tuple; None when a block reads text and returns none.
-        at: Row of the text stream before which the tokens are inserted.
+            at a call (IP-Adapter, image conditions): its first element is the text. Several names are several
+            streams, each with a part of every token: the width of a token is the sum of theirs.
+        returns: Index of the text stream in the block's output tuple; `"self"` when the block returns one tensor that
+            is the stream; None when a block reads text and returns none.
+        at: Row of the text stream before which the tokens are inserted, or the name of the block argument that says.
         sides: What else grows.
         stage: Name by which a config picks this group; None for groups whose blocks are numbered layers.
-        needs: Name of a boolean attribute of the block; blocks without it, or with it False, read no text.
+        needs: Name of a boolean attribute of the block, or a predicate on the block; blocks for which it is False, or
+            that have no such attribute, read no text.
+        seq_dim: Sequence dimension of the text stream: 1, or 0 where the batch comes second or there is none.
+        limit: From the denoiser to how many of these blocks read text, counted from the first; all unless given.
+        level: `"block"` inserts the tokens into the block's text argument; `"kv"` into the inputs of its text
+            projections, for blocks that count the rows of their text before they project them.
+        projections: For level `"kv"`: those projections, submodules of the block.
+        fix: Last resort, for what no word above can say: from the bound arguments of a call that already has the
+            tokens, and K, to the arguments that must differ.
     """
 
     path: str
-    text: str
-    returns: int | None = None
-    at: int = 0
+    text: str | tuple[str, ...]
+    returns: int | Literal["self"] | None = None
+    at: int | str = 0
     sides: tuple[Side, ...] = ()
     stage: str | None = None
-    needs: str | None = None
+    needs: str | Callable[[nn.Module], bool] | None = None
+    seq_dim: Literal[0, 1] = 1
+    limit: Callable[[nn.Module], int] | None = None
+    level: Literal["block", "kv"] = "block"
+    projections: tuple[str, ...] = ("attn2.to_k", "attn2.to_v")
+    fix: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of the block arguments that carry text."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    def reads_text(self, block: nn.Module) -> bool:
+        """Whether this block of the group reads text."""
+        if callable(self.needs):
+            return self.needs(block)
+        return self.needs is None or bool(getattr(block, self.needs, False))
 
 
 @dataclass(frozen=True)
 class Timestep:
     """How the pipeline hands the noise level to the denoiser.
 
+    With `t` as the denoiser gets it, the noise level on the 0..1000 scale, 1000 being noise, is `scale * t + offset`,
+    or 1000 minus that for a reverse clock.
+
     Attributes:
-        arg: Name of the denoiser's argument; a number, a 0-d tensor or a tensor of shape `(batch,)`.
+        arg: Name of the denoiser's argument; a number, a 0-d tensor, a tensor of shape `(batch,)`, or one with further
+            axes for tokens or frames of levels of their own. The noisiest of these counts.
         scale: Factor to the 0..1000 scale on which timestep bins are defined.
+        reverse: The clock runs from 0 (noise) to 1000 (image) once it is scaled.
+        offset: Added behind the factor.
+        per_sample: The first axis is the batch. False for denoisers without a batch: the noisiest of all counts.
     """
 
     arg: str = "timestep"
     scale: float = 1.0
+    reverse: bool = False
+    offset: float = 0.0
+    per_sample: bool = True
+
+    def level(self, timestep: Tensor) -> Tensor:
+        """Returns the noise level on the 0..1000 scale, float32, (batch,) or (1,).
+
+        A timestep that a pipeline rounded to half precision may have slipped under the level that was meant; it is
+        lifted by the rounding error of its dtype.
+        """
+        exact = timestep.to(torch.float32) * self.scale
+        slack = exact.abs() * (torch.finfo(timestep.dtype).eps / 2) if timestep.is_floating_point() else 0.0
+        level = (1000.0 - exact - self.offset if self.reverse else exact + self.offset) + slack
+        if level.ndim > 1 and self.per_sample:
+            return level.flatten(1).amax(dim=1)
+        return level.reshape(-1) if self.per_sample else level.amax().reshape(1)
+
+    def of_level(self, level: Tensor) -> Tensor:
+        """Returns what the denoiser gets for a noise level on the 0..1000 scale; the inverse of `level`."""
+        return ((1000.0 - level if self.reverse else level) - self.offset) / self.scale
 
 
 @dataclass(frozen=True)
@@ -80,6 +148,9 @@ class FamilySpec:
         defaults: From the denoiser's config to the fields of a `SoftREPAConfig` that this family uses unless told
             otherwise: `num_tokens`, `num_timestep_bins`, and `num_layers` or `stages`.
         timestep: Where the noise level is and on which scale.
+        clock: From the denoiser's config to its timestep, for classes whose pipelines differ; `timestep` unless given.
+        guards: What refuses a call that cannot be right with tokens. Each gets the denoiser and the arguments of its
+            call by name, and returns a sentence that says what must hold, what came and what to do, or None.
     """
 
     name: str
@@ -88,6 +159,12 @@ class FamilySpec:
     width: Callable[[Mapping[str, Any]], int]
     defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
     timestep: Timestep = field(default_factory=Timestep)
+    clock: Callable[[Mapping[str, Any]], Timestep] | None = None
+    guards: tuple[Guard, ...] = ()
+
+    def timestep_of(self, config: Mapping[str, Any]) -> Timestep:
+        """Returns where the noise level is, and on which scale, for a denoiser with this config."""
+        return self.timestep if self.clock is None else self.clock(config)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -108,12 +185,22 @@ def text_blocks(denoiser: nn.Module, spec: FamilySpec) -> list[Block]:
     """Returns the blocks of `denoiser` that read text, in running order."""
     found = []
     for group in spec.groups:
-        container = getattr(denoiser, group.path)
-        named = container.named_children() if isinstance(container, nn.ModuleList) else [("", container)]
-        for name, module in named:
-            if module is not None and (group.needs is None or getattr(module, group.needs, False)):
-                found.append(Block(f"{group.path}.{name}".rstrip("."), module, group))
+        container: Any = denoiser
+        for name in group.path.split("."):
+            container = getattr(container, name)
+        blocks = list(_leaves(group.path, container))
+        count = len(blocks) if group.limit is None else group.limit(denoiser)
+        found += [Block(path, module, group) for path, module in blocks[:count] if group.reads_text(module)]
     return found
+
+
+def _leaves(path: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the blocks in a list of blocks, or of lists of blocks, by path."""
+    if isinstance(module, nn.ModuleList):
+        for name, child in module.named_children():
+            yield from _leaves(f"{path}.{name}", child)
+    elif module is not None:
+        yield path, module
 
 
 def layered_defaults(num_blocks: int, width: int) -> dict[str, Any]:
