@@ -5,12 +5,16 @@ To support another class, write a `FamilySpec` and `register_family` it; nothing
 
 from torch import nn
 
-from .flux import FLUX
+from .cross_attention import PIXART, SANA
+from .flux import CHROMA, FLUX, FLUX2
+from .qwen import QWEN_IMAGE
 from .sd3 import SD3
+from .single_stream import Z_IMAGE
 from .spec import Block, FamilySpec, Group, Side, Timestep, text_blocks
 from .unet import UNET
 
-_FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in (UNET, SD3, FLUX)}
+_IMAGE = (UNET, SD3, FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, SANA, PIXART)
+_FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in _IMAGE}
 
 
 def register_family(spec: FamilySpec) -> None:

@@ -211,3 +211,18 @@ def layered_defaults(num_blocks: int, width: int) -> dict[str, Any]:
     tokens, layers = 4, min(5, num_blocks)
     bins = next(bins for bins in (100, 50, 20, 10, 5, 1) if bins == 1 or layers * width * (tokens + bins) < 1_000_000)
     return {"num_tokens": tokens, "num_layers": layers, "num_timestep_bins": bins}
+
+
+def inner_width(config: Mapping[str, Any]) -> int:
+    """Returns the width of a transformer whose text has the width of its attention."""
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def named_width(name: str) -> Callable[[Mapping[str, Any]], int]:
+    """Returns the width function of a denoiser whose config has it under a name."""
+    return lambda config: config[name]
+
+
+def recipe(width: Callable[[Mapping[str, Any]], int], *counts: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Returns the defaults function of `layered_defaults`; `counts` name the numbers of blocks in the config."""
+    return lambda config: layered_defaults(sum(config[count] for count in counts), width(config))

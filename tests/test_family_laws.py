@@ -1,0 +1,191 @@
+"""Laws that soft tokens keep in every denoiser class. A class joins by a specimen in the zoo."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import zoo
+from diffusers_softrepa import (
+    add_softrepa,
+    disable_softrepa,
+    enable_softrepa,
+    set_softrepa,
+    softrepa_parameters,
+    supported_denoisers,
+    unload_softrepa,
+)
+from diffusers_softrepa.families import Block
+from diffusers_softrepa.wrapping import bound, positions_of
+from zoo import LENGTH, K, Specimen
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma's own import
+
+EVERYTHING = zoo.everything()
+
+
+def each(specimens: list[Specimen]) -> Any:
+    return pytest.mark.parametrize("specimen", specimens, ids=lambda specimen: specimen.name)
+
+
+def test_every_supported_class_is_in_the_zoo():
+    assert set(supported_denoisers()) == {specimen.kind for specimen in EVERYTHING}
+
+
+@each(EVERYTHING)
+def test_tokens_change_the_prediction_and_go_without_a_trace(specimen: Specimen):
+    denoiser, inputs = specimen.denoiser(), specimen.inputs(2, LENGTH)
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) < 1_000_000
+    before, described = specimen.call(denoiser, inputs), repr(denoiser)
+    attributes = [sorted(vars(module)) for module in denoiser.modules()]
+    name = add_softrepa(denoiser, zoo.everywhere(denoiser))
+    after = specimen.call(denoiser, inputs)
+    assert after.shape == before.shape
+    assert torch.isfinite(after).all()
+    assert (after - before).abs().max() > 1e-4
+    set_softrepa(denoiser, name, 0.0)
+    assert torch.equal(specimen.call(denoiser, inputs), before)
+    set_softrepa(denoiser, name, 0.5)
+    between = specimen.call(denoiser, inputs)
+    assert between.shape == before.shape
+    assert not torch.equal(between, before) and not torch.equal(between, after)
+    set_softrepa(denoiser, name, 1.0)
+    assert torch.equal(specimen.call(denoiser, inputs), after)
+    disable_softrepa(denoiser)
+    assert torch.equal(specimen.call(denoiser, inputs), before)
+    unload_softrepa(denoiser)
+    assert torch.equal(specimen.call(denoiser, inputs), before)
+    assert (repr(denoiser), [sorted(vars(module)) for module in denoiser.modules()]) == (described, attributes)
+
+
+@each(EVERYTHING)
+def test_every_token_of_every_block_receives_a_gradient(specimen: Specimen):
+    denoiser, inputs = zoo.with_tokens(specimen), specimen.inputs(2, LENGTH)
+    specimen.call(denoiser, inputs, torch.tensor([150.0, 950.0])).square().mean().backward()
+    parameters = softrepa_parameters(denoiser)
+    assert (parameters["tokens"].grad.abs().amax(dim=-1) > 0).all()
+    reached = parameters["timestep_tokens"].grad.abs().amax(dim=-1) > 0  # (bins, layers)
+    assert reached.any(dim=1).nonzero().flatten().tolist() == [1, 9]
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
+
+
+def _gradients(specimen: Specimen, denoiser: Any, inputs: zoo.Inputs) -> list[Tensor]:
+    """Returns the gradients after two forwards at different timesteps and then one backward."""
+    first, second = (specimen.call(denoiser, inputs, level) for level in (50.0, 950.0))
+    loss = first.square().mean() + 2 * second.square().mean()
+    return list(torch.autograd.grad(loss, list(softrepa_parameters(denoiser).values())))
+
+
+@each([specimen for specimen in EVERYTHING if specimen.checkpoints])
+def test_gradients_equal_those_without_checkpointing(specimen: Specimen):
+    denoiser, inputs = zoo.with_tokens(specimen), specimen.inputs(2, LENGTH)
+    expected = _gradients(specimen, denoiser, inputs)
+    denoiser.enable_gradient_checkpointing()
+    runs: list[int] = []
+    zoo.blocks_of(denoiser)[0].module.register_forward_pre_hook(lambda *_: runs.append(1))
+    got = _gradients(specimen, denoiser, inputs)
+    assert len(runs) == 4, "no block ran again in the backward pass"
+    for ours, wanted in zip(got, expected, strict=True):
+        assert wanted.abs().max() > 0
+        assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@each([specimen for specimen in EVERYTHING if not specimen.checkpoints])
+def test_classes_without_checkpointing_say_so_themselves(specimen: Specimen):
+    with pytest.raises(ValueError, match="does not support gradient checkpointing"):
+        specimen.denoiser().enable_gradient_checkpointing()
+
+
+@each(EVERYTHING)
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_tokens_leave_the_native_prediction(
+    specimen: Specimen, masked: bool, monkeypatch: pytest.MonkeyPatch, record_property: Any
+):
+    """Tokens that are not a number, kept from attention as keys, must not be felt by anything else: masks, rotary
+    rows and modulation of all other tokens are still their own, and what the block makes of the tokens is cut off."""
+    if masked and specimen.mask is None:
+        pytest.skip("takes no text mask")
+    inputs = specimen.masked() if masked else specimen.inputs(2, LENGTH)
+    denoiser = zoo.with_tokens(specimen, num_timestep_bins=None).requires_grad_(False)
+    zoo.fill_tokens(denoiser, float("nan"))
+    disable_softrepa(denoiser)
+    native = specimen.call(denoiser, inputs)
+    enable_softrepa(denoiser)
+    hidden = _hide_keys_that_are_not_numbers(monkeypatch)
+    with torch.no_grad():
+        got = specimen.call(denoiser, inputs)
+    assert set(hidden) == {K}
+    assert len(hidden) >= len(zoo.blocks_of(denoiser))
+    record_property("max difference", float((got - native).abs().max()))
+    assert_close(got, native, rtol=1e-5, atol=1e-5)
+
+
+def _hide_keys_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Patches attention; returns a list of how many keys of a sample each call was kept from."""
+    hidden: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def without(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        soft = key.isnan().any(dim=-1).any(dim=-2)  # (batch, keys)
+        if soft.any():
+            hidden.extend(soft.sum(dim=-1).unique().tolist())
+            if kwargs.pop("is_causal", False):
+                attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+            keep = ~soft[:, None, None]
+            if attn_mask is None or attn_mask.dtype == torch.bool:
+                attn_mask = keep if attn_mask is None else keep & attn_mask
+            else:
+                attn_mask = attn_mask.masked_fill(~keep, float("-inf"))
+            key, value = key.nan_to_num(0.0), value.nan_to_num(0.0)
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", without)
+    return hidden
+
+
+@each([specimen for specimen in EVERYTHING if specimen.mask is not None and specimen.leaky is None])
+def test_what_a_masked_row_of_text_holds_does_not_matter(specimen: Specimen):
+    denoiser, inputs = zoo.with_tokens(specimen), specimen.masked()
+    other = {**inputs, specimen.text: inputs[specimen.text].clone()}
+    other[specimen.text][:, zoo.VALID :] = zoo.noise("other text", *other[specimen.text][:, zoo.VALID :].shape)
+    expected = specimen.call(denoiser, inputs)
+    assert_close(specimen.call(denoiser, other), expected, rtol=1e-5, atol=1e-5)
+    longer = {**other, **specimen.mask(2, LENGTH, zoo.VALID + 1)}
+    assert (specimen.call(denoiser, longer) - expected).abs().max() > 1e-5
+
+
+@each([specimen for specimen in EVERYTHING if specimen.positioned is None])
+def test_tokens_equal_a_text_that_is_longer_by_as_many_rows(specimen: Specimen):
+    """The first block that reads L + K rows natively gives what it gives with L rows and K soft tokens."""
+    seen: list[tuple[Any, ...]] = []
+    for length in (LENGTH + K, LENGTH):
+        denoiser = specimen.denoiser()
+        block = zoo.blocks_of(denoiser)[0]
+        block.module.register_forward_hook(
+            lambda module, args, kwargs, output, block=block: seen.append((_text_of(block, args, kwargs), output)),
+            with_kwargs=True,
+        )
+        if length == LENGTH:
+            fields = {} if block.group.stage else {"num_layers": 1}
+            add_softrepa(denoiser, zoo.everywhere(denoiser, num_timestep_bins=None, **fields))
+            zoo.fill_tokens(denoiser, seen[0][0][0, :K])
+        specimen.call(denoiser, specimen.inputs(2, length))
+    (_, native), (short, ours) = seen[0], seen[len(seen) // 2]
+    assert short.shape[1] == seen[0][0].shape[1] - K
+    returns = block.group.returns
+    if isinstance(native, Tensor):
+        native, ours = (native,), (ours,)
+    for index, (mine, wanted) in enumerate(zip(ours, native, strict=True)):
+        if wanted is not None and (returns == "self" or index == returns):
+            wanted = wanted[:, K:]
+        if isinstance(wanted, Tensor):
+            assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+def _text_of(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    value = bound(positions_of(block.module), args, kwargs)[block.group.texts[0]]
+    return value[0] if isinstance(value, tuple) else value
