@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -96,7 +96,8 @@ def refreshed(existing: str, fresh: str) -> str:
     Args:
         existing: The card that is there. Without a section it was written by hand, and comes back as it is.
         fresh: The newly written card. Its sections replace those of the same name; new ones follow the last one.
-            Its metadata replace those of the same key, lists are joined, further keys stay.
+            Its metadata replace those of the same key, lists are joined, results replace those of the same
+            metric on the same data, further keys stay.
     """
     if _SECTION.search(existing) is None:
         return existing
@@ -121,11 +122,18 @@ def _with_metadata(existing: str, fresh: str) -> str:
     before = card.data.to_dict()
     for key, value in vars(new.data).items():
         old = card.data.get(key)
-        if key != "eval_results" and isinstance(value, list) and isinstance(old, list):
-            value = [*old, *(entry for entry in value if entry not in old)]
+        if isinstance(value, list) and isinstance(old, list):
+            replaced = {_measured(entry) for entry in value} if key == "eval_results" else set()
+            kept = [entry for entry in old if not replaced or _measured(entry) not in replaced]
+            value = [*kept, *(entry for entry in value if entry not in kept)]
         if value is not None:
             card.data[key] = value
     return existing if card.data.to_dict() == before else str(card)
+
+
+def _measured(result: EvalResult) -> tuple[object, str]:
+    """Returns what a result is of: a task on a data set, and a metric."""
+    return result.unique_identifier, result.metric_type
 
 
 def hub_id(name: str | None) -> str | None:

@@ -1,0 +1,201 @@
+"""Metrics that compare picture and prompt in a CLIP space: `CLIPScore`, `PickScore`, `HPSv2`.
+
+With unit vectors v of the picture and t of the prompt:
+
+    CLIPScore  2.5 max(<v, t>, 0), the prompt after "A photo depicts "
+    PickScore  s <v, t>, s the model's own logit scale
+    HPSv2      <v, t>
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from ...hub import HubOptions, fetch
+from ..prompts import Prompt
+from .loading import load
+from .metric import ImageMetric
+from .open_clip import to_transformers
+
+CLIP_B = "openai/clip-vit-base-patch32"
+CLIP_L = "openai/clip-vit-large-patch14"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+HPS_REPO = "xswu/HPSv2"
+
+HPSVersion = Literal["v2.0", "v2.1"]
+HPS_FILES: dict[HPSVersion, str] = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+
+@final
+class ClipEncoder:
+    """A CLIP model with what prepares its inputs.
+
+    Args:
+        model: A `CLIPModel` in eval mode.
+        processing: Hub id or folder of its tokenizer and image processor.
+        needed_by: Name of the metric.
+        square: Stretch pictures to a square instead of cutting one out of the middle.
+    """
+
+    def __init__(self, model: Any, processing: str, needed_by: str, *, square: bool = False) -> None:
+        self.model = model
+        side = model.config.vision_config.image_size
+        stretch = {"size": {"height": side, "width": side}, "do_center_crop": False} if square else {}
+        self.processor = load(CLIPImageProcessorPil, processing, needed_by, **stretch)
+        self.tokenizer = load(AutoTokenizer, processing, needed_by)
+
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Returns projected features of pictures, (n, width)."""
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)).pooler_output
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Returns projected features of texts, (n, width); words beyond the model's length are cut off."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(
+            self.model.device
+        )
+        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+
+    def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+        """Returns the cosine of each picture with its text, (n,) float32."""
+        features = normalize(self.images(images).float(), dim=-1) * normalize(self.texts(texts).float(), dim=-1)
+        return features.sum(-1)
+
+
+class _CosineMetric(ImageMetric):
+    """What the three have in common."""
+
+    _encoder: ClipEncoder | None = None
+
+    @property
+    def encoder(self) -> ClipEncoder:
+        if self._encoder is None:
+            raise RuntimeError(f"{self.name} has no model yet; call setup(device) first")
+        return self._encoder
+
+    def close(self) -> None:
+        self._encoder = None
+
+    def _cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+        return self.encoder.cosines(images, texts)
+
+
+@final
+class CLIPScore(_CosineMetric):
+    """CLIPScore; with `weight=1, prefix=""` the plain cosine that many tables show under the same name.
+
+    Args:
+        model: CLIP model, a Hub id or folder.
+        weight: Factor of the cosine.
+        prefix: What is put before each prompt.
+        name: How tables call it.
+    """
+
+    reference = "Hessel et al. 2021, arXiv 2104.08718"
+
+    def __init__(
+        self,
+        model: str = CLIP_B,
+        *,
+        weight: float = 2.5,
+        prefix: str = "A photo depicts ",
+        name: str = "clip_score",
+    ) -> None:
+        self.model, self.weight, self.prefix, self.name = model, weight, prefix, name
+
+    def setup(self, device: torch.device) -> None:
+        model = load(CLIPModel, self.model, "CLIPScore").eval().to(device)
+        self._encoder = ClipEncoder(model, self.model, "CLIPScore")
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
+        cosines = self._cosines(images, [self.prefix + prompt.text for prompt in prompts])
+        return self.weight * cosines.clamp(min=0)
+
+
+@final
+class PickScore(_CosineMetric):
+    """PickScore, from a CLIP-H that was trained on people's choices.
+
+    Args:
+        model: Its model, a Hub id or folder.
+        processing: Tokenizer and image processor, a Hub id or folder.
+    """
+
+    name = "pick_score"
+    reference = "Kirstain et al. 2023, arXiv 2305.01569"
+
+    def __init__(self, model: str = PICKSCORE, processing: str = CLIP_H) -> None:
+        self.model, self.processing = model, processing
+
+    def setup(self, device: torch.device) -> None:
+        model = load(CLIPModel, self.model, "PickScore").eval().to(device)
+        self._encoder = ClipEncoder(model, self.processing, "PickScore")
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
+        cosines = self._cosines(images, [prompt.text for prompt in prompts])
+        return self.encoder.model.logit_scale.exp().float() * cosines
+
+
+@final
+class HPSv2(_CosineMetric):
+    """Human Preference Score v2, from an open_clip checkpoint that is rewritten for transformers as it is read.
+
+    Args:
+        version: `"v2.1"` or `"v2.0"`.
+        weights: The checkpoint's file; fetched from the Hub unless given.
+        processing: Configuration, tokenizer and image processor of its CLIP-H, a Hub id or folder.
+    """
+
+    reference = "Wu et al. 2023, arXiv 2306.09341"
+
+    def __init__(
+        self,
+        version: HPSVersion = "v2.1",
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        processing: str = CLIP_H,
+    ) -> None:
+        if version not in HPS_FILES:
+            raise ValueError(f"HPSv2 has the versions {tuple(HPS_FILES)}, but version is {version!r}")
+        self.version, self.weights, self.processing = version, weights, processing
+        self.name = f"hps_{version}"
+
+    def setup(self, device: torch.device) -> None:
+        config = load(CLIPConfig, self.processing, "HPSv2")
+        model = CLIPModel(config)
+        model.load_state_dict(to_transformers(self._read(), f"the HPS {self.version} checkpoint"))
+        self._encoder = ClipEncoder(model.eval().to(device), self.processing, "HPSv2")
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
+        return self._cosines(images, [prompt.text for prompt in prompts])
+
+    def _read(self) -> dict[str, Tensor]:
+        file = HPS_FILES[self.version]
+        if self.weights is None:
+            try:
+                path = fetch(HPS_REPO, file, HubOptions())
+            except OSError as error:
+                raise OSError(
+                    f"HPSv2 needs {file} of {HPS_REPO}, which cannot be fetched ({error}); download it once with "
+                    f"`hf download {HPS_REPO} {file}`, or give weights= the path of the file"
+                ) from error
+        else:
+            path = Path(self.weights)
+        try:
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise OSError(
+                f"HPSv2 needs its checkpoint, but there is no file {path}; give weights= its path"
+            ) from error
+        except Exception as error:  # a damaged stream makes the reader raise almost anything
+            raise ValueError(f"{path} is no checkpoint of tensors alone ({error}); download it again") from error
+        return content.get("state_dict", content)

@@ -1,0 +1,73 @@
+"""What an evaluation looks like: settings side by side, and their scores as a plot."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .result import EvaluationResult
+
+_CAPTION_HEIGHT = 16
+_MAX_SIDE = 256
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], heads: Sequence[str]) -> Image.Image:
+    """Returns one picture: a row for each prompt with its caption above, a column for each setting.
+
+    Args:
+        rows: Pictures, all rows of equal length.
+        captions: What is above each row.
+        heads: What is above each column.
+    """
+    width = min(_MAX_SIDE, max(picture.width for row in rows for picture in row))
+    small = [[_fitted(picture, width) for picture in row] for row in rows]
+    heights = [max(picture.height for picture in row) + _CAPTION_HEIGHT for row in small]
+    sheet = Image.new("RGB", (width * len(heads), _CAPTION_HEIGHT + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        draw.text((column * width + 2, 2), head, fill="black")
+    top = _CAPTION_HEIGHT
+    for row, caption, height in zip(small, captions, heights, strict=True):
+        draw.text((2, top + 2), caption, fill="black")
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * width, top + _CAPTION_HEIGHT))
+        top += height
+    return sheet
+
+
+def _fitted(picture: Image.Image, width: int) -> Image.Image:
+    if picture.width == width:
+        return picture
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+
+
+def plot(result: "EvaluationResult") -> "Figure | None":
+    """Returns a panel for each score: means of the settings with 95% intervals; None where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    names = list(result.directions)
+    if not names:
+        return None
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    size = (3.4 * columns, (0.9 + 0.32 * len(result.settings)) * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    panels: Any = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axes, name in zip(panels.flat, names, strict=False):
+        rows = [result.row(setting, name) for setting in result.settings]
+        errors = [1.96 * row.error if row.error == row.error else 0.0 for row in rows]
+        places = range(len(rows))
+        axes.errorbar([row.mean for row in rows], places, xerr=errors, fmt="o", capsize=3)
+        axes.axvline(rows[0].mean, color="0.6", linestyle=":")
+        axes.set_yticks(list(places), result.settings)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(f"{name} {'↑' if result.directions[name] else '↓'}", fontsize=10)
+        axes.grid(axis="x", alpha=0.25)
+    for axes in list(panels.flat)[len(names) :]:
+        axes.set_visible(False)
+    return figure
