@@ -27,7 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "noising": set(),
     "pairs": set(),
     "objectives": {"pairs"},
-    "__init__": {"config", "families", "integration", "pipeline", "training"},  # training: only when asked for
+    "editing": {"adapter", "noising", "training"},  # of training, its conditioners
+    "__init__": {"config", "editing", "families", "integration", "pipeline", "training"},  # those two: when asked for
 }
 
 

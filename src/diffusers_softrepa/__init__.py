@@ -38,8 +38,11 @@ __all__ = [
     "disable_softrepa",
     "enable_softrepa",
     "family_of",
+    "flow_edit",
     "get_softrepa_adapters",
+    "invert",
     "load_softrepa",
+    "regenerate",
     "register_family",
     "save_softrepa",
     "set_softrepa",
@@ -52,7 +55,11 @@ integration.install()
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer is imported when it is asked for, so that using adapters needs nothing that only training needs."""
+    """Trainer and editing are imported when they are asked for: using adapters needs nothing that only they need."""
+    if name in ("flow_edit", "invert", "regenerate"):
+        from . import editing
+
+        return getattr(editing, name)
     if name in ("ContrastiveFlowMatchingArguments", "ContrastiveFlowMatchingTrainer"):
         from . import training
 

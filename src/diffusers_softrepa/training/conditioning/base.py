@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from ...families import family_of
 from ...noising import Noising
 from ...pipeline import denoiser_of
 from .conditions import Conditions
-from .latents import normalised, vae_latents
+from .latents import denormalised, normalised, vae_latents, vae_pixels
 
 
 class Conditioner(ABC):
@@ -36,6 +37,8 @@ class Conditioner(ABC):
         family: Name of the denoiser's `FamilySpec`.
         pipelines: Names of the pipeline classes it can call; their subclasses count.
         text_components: What `encode_captions` needs of the pipeline; among it `text_encoder`.
+        sigmas_from_one: Whether it samples at noise levels 1, 1 - 1/n, ..., 1/n, before they are shifted, and not at
+            its scheduler's own.
         pipeline: The pipeline.
         noising: How its scheduler noises latents and what its denoiser predicts, read once.
     """
@@ -43,6 +46,7 @@ class Conditioner(ABC):
     family: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     text_components: ClassVar[tuple[str, ...]]
+    sigmas_from_one: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         """Reads the scheduler.
@@ -145,6 +149,39 @@ class Conditioner(ABC):
 
         Args:
             noisy_latents: (n, C, h, w), on the device where the denoiser runs.
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decodes latents of `encode_images`' kind as sampling does.
+
+        Args:
+            latents: (n, C, h, w), on any device.
+
+        Returns:
+            Pixels (n, 3, H, W) float32 on the VAE's device; in [-1, 1], but for the VAE's overshoot.
+
+        Raises:
+            ValueError: The pipeline has no VAE.
+        """
+        self._check_present(["vae"], "decoding latents")
+        return self._decode_latents(latents.to(get_module_execution_device(self.pipeline.vae), torch.float32))
+
+    def schedule(self, num_inference_steps: int, height: int, width: int) -> dict[str, Any]:
+        """Returns the arguments that the pipeline's call gives to its scheduler's `set_timesteps`.
+
+        Args:
+            num_inference_steps: How many steps.
+            height: Of the images, in pixels; a longer sequence may be shifted more.
+            width: Likewise.
+        """
+        config = self.pipeline.scheduler.config
+        given: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+        if self.sigmas_from_one and not config.get("use_flow_sigmas"):
+            given = {"sigmas": [1 - step / num_inference_steps for step in range(num_inference_steps)]}
+        if config.get("use_dynamic_shifting"):
+            rows = [side // self.image_multiple for side in (height, width)]
+            given["mu"] = self._shift(rows[0] * rows[1], num_inference_steps)
+        return given
+
             timestep: (n,) in 0..1000, on any device.
             conditions: n rows of what `encode_captions` returned, on any device.
 
@@ -173,6 +210,10 @@ class Conditioner(ABC):
         """Encodes and normalises valid pixels; for VAEs that need more than a shift and a scale, override it."""
         vae = self.pipeline.vae
         return normalised(vae_latents(vae, pixels, generator), vae.config)
+    def guidance(self, scale: float) -> dict[str, Any]:
+        """Returns the arguments of the pipeline's call that sample with a guidance scale."""
+        return {"guidance_scale": scale}
+
 
     @abstractmethod
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
@@ -186,6 +227,17 @@ class Conditioner(ABC):
         if missing:
             raise ValueError(
                 f"{purpose} needs {', '.join(missing)}, but this {type(self.pipeline).__name__} has none; load the "
+    def _decode_latents(self, latents: Tensor) -> Tensor:
+        """Undoes `_encode_pixels`; float32 in and out."""
+        vae = self.pipeline.vae
+        return vae_pixels(vae, denormalised(latents, vae.config))
+
+    def _shift(self, sequence_length: int, num_inference_steps: int) -> float:
+        """Returns the `mu` of schedulers that shift by the number of image tokens."""
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        config = self.pipeline.scheduler.config
+        return calculate_shift(sequence_length, *(config[name] for name in names))
+
                 "pipeline with it, or take from a cache what it would make"
             )
 

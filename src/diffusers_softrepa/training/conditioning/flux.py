@@ -26,6 +26,7 @@ class FluxConditioner(Conditioner):
     family = "flux"
     pipelines = ("FluxPipeline",)
     text_components = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+    sigmas_from_one = True
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512, guidance_scale: float = 3.5) -> None:
         super().__init__(pipeline)

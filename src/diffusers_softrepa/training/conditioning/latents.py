@@ -21,6 +21,12 @@ def vae_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> 
         return retrieve_latents(encoded, generator, "argmax" if generator is None else "sample").float()
 
 
+def vae_pixels(vae: Any, latents: Tensor) -> Tensor:
+    """Decodes latents as the VAE makes them, (n, C, h, w), on its device: pixels (n, 3, H, W) float32."""
+    with _float32_where_needed(vae):
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+
+
 def normalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Shifts and scales latents, (n, C, h, w), by the numbers in the VAE's config: what decoding undoes."""
     shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
@@ -29,6 +35,16 @@ def normalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     mean = latents.new_tensor(config["latents_mean"]).view(-1, 1, 1)  # (C, 1, 1)
     std = latents.new_tensor(config["latents_std"]).view(-1, 1, 1)  # (C, 1, 1)
     return (latents - mean) * scale / std
+
+
+def denormalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Undoes `normalised`."""
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 1.0)
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return latents / scale + shift
+    mean = latents.new_tensor(config["latents_mean"]).view(-1, 1, 1)  # (C, 1, 1)
+    std = latents.new_tensor(config["latents_std"]).view(-1, 1, 1)  # (C, 1, 1)
+    return latents * std / scale + mean
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""Noise levels of a sampling loop, and the deterministic step from one to the next, both ways.
+
+At a level with signal s and noise n the noisy latents are x = s x0 + n e. A prediction p there names an x0 and an e:
+
+    flow             x0 = x - n p          e = x + s p       (s + n = 1)
+    epsilon          x0 = (x - n p) / s    e = p
+    v_prediction     x0 = s x - n p        e = n x + s p     (s^2 + n^2 = 1)
+
+and the step to the level (s', n') puts both together again: x' = s' x0 + n' e. That is Euler's step for flow matching
+and DDIM's for the others. It is linear, x' = a x + b p, so it can be undone where p is known: x = (x' - b p) / a.
+
+Source: DDIM, arXiv 2010.02502, equation 12 with sigma 0; Progressive Distillation, arXiv 2202.00512, for v.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..noising import NUM_TRAIN_TIMESTEPS, Prediction
+from ..training.conditioning import Conditioner
+
+
+class Level(NamedTuple):
+    """Factors of the signal and of the noise, scalar float32 tensors."""
+
+    signal: Tensor
+    noise: Tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a sampling loop.
+
+    Attributes:
+        timestep: What the denoiser is told at `at`, a scalar tensor in 0..1000.
+        at: The noisier level.
+        to: The cleaner level.
+    """
+
+    timestep: Tensor
+    at: Level
+    to: Level
+
+    def factors(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Returns a and b of the step x' = a x + b p."""
+        (signal, noise), (next_signal, next_noise) = self.at, self.to
+        if prediction == "flow":
+            return next_signal + next_noise, next_noise * signal - next_signal * noise
+        if prediction == "epsilon":
+            return next_signal / signal, next_noise - next_signal * noise / signal
+        return next_signal * signal + next_noise * noise, next_noise * signal - next_signal * noise
+
+
+def sampling_steps(conditioner: Conditioner, num_inference_steps: int, height: int, width: int) -> list[Step]:
+    """Returns the steps of the pipeline's sampling, from noise to image.
+
+    Args:
+        conditioner: Of the pipeline. With flow matching its scheduler says where the levels are, shift included;
+            otherwise they are DDIM's, whatever the sampler.
+        num_inference_steps: How many.
+        height: Of the images, in pixels.
+        width: Likewise.
+
+    Raises:
+        ValueError: The scheduler repeats levels, as those of second order do.
+    """
+    pipeline: Any = conditioner.pipeline
+    if conditioner.noising.prediction != "flow":
+        return _ddim_steps(pipeline.scheduler, num_inference_steps)
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(**conditioner.schedule(num_inference_steps, height, width))
+    sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float32, device="cpu")
+    if len(sigmas) != num_inference_steps + 1 or not bool((sigmas.diff() < 0).all()):
+        raise ValueError(
+            f"editing needs noise levels that fall from step to step, but {type(scheduler).__name__} makes "
+            f"{[round(sigma, 3) for sigma in sigmas.tolist()]} of {num_inference_steps} steps; give the pipeline a "
+            "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+        )
+    return _steps(NUM_TRAIN_TIMESTEPS * sigmas[:-1], 1 - sigmas, sigmas)
+
+
+def _ddim_steps(scheduler: Any, num_inference_steps: int) -> list[Step]:
+    ddim: Any = DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(num_inference_steps)
+    powers = [*ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod]
+    power = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in powers])
+    return _steps(ddim.timesteps, power.sqrt(), (1 - power).sqrt())
+
+
+def _steps(timesteps: Tensor, signal: Tensor, noise: Tensor) -> list[Step]:
+    levels = [Level(*pair) for pair in zip(signal, noise, strict=True)]
+    return [Step(*parts) for parts in zip(timesteps, levels[:-1], levels[1:], strict=True)]
