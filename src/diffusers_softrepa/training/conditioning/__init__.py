@@ -9,16 +9,29 @@ from typing import Any
 from ...families import family_of
 from ...pipeline import denoiser_of
 from .base import Conditioner
+from .chroma import ChromaConditioner
 from .conditions import Conditions, concatenate, take
 from .flux import FluxConditioner
+from .flux2 import Flux2Conditioner
+from .pixart import PixArtAlphaConditioner, PixArtSigmaConditioner
+from .qwen import QwenImageConditioner
+from .sana import SanaConditioner
 from .sd3 import StableDiffusion3Conditioner
 from .unet import StableDiffusionConditioner, StableDiffusionXLConditioner
+from .zimage import ZImageConditioner
 
 _CONDITIONERS: tuple[type[Conditioner], ...] = (
     StableDiffusionConditioner,
     StableDiffusionXLConditioner,
     StableDiffusion3Conditioner,
     FluxConditioner,
+    Flux2Conditioner,
+    QwenImageConditioner,
+    ZImageConditioner,
+    ChromaConditioner,
+    SanaConditioner,
+    PixArtAlphaConditioner,
+    PixArtSigmaConditioner,
 )
 
 
@@ -63,7 +76,8 @@ def _conditioner_class(pipeline: Any) -> type[Conditioner]:
     names = [name for conditioner in known for name in conditioner.pipelines]
     raise ValueError(
         f"training family {family!r} needs a {' or '.join(names)}, but got a {type(pipeline).__name__}; "
-        f"{names[0]}.from_pipe(pipeline) makes one of another pipeline of the same model"
+        f"{' or '.join(f'{name}.from_pipe(pipeline)' for name in names)} makes one of another pipeline of the same "
+        "model"
     )
 
 

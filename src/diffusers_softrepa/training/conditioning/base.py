@@ -57,7 +57,7 @@ class Conditioner(ABC):
         self.pipeline = pipeline
         self._check_present(["scheduler"], "training")
         self.noising = Noising.from_scheduler(pipeline.scheduler)
-        made = self.latent_channels if pipeline.vae is None else pipeline.vae.config.latent_channels
+        made = self.latent_channels if pipeline.vae is None else self._vae_channels
         if made != self.latent_channels:
             raise ValueError(
                 f"the denoiser must read what the VAE makes and nothing else, but {type(self.denoiser).__name__} "
@@ -79,6 +79,11 @@ class Conditioner(ABC):
     @abstractmethod
     def latent_multiple(self) -> int:
         """What height and width of latents must be multiples of."""
+
+    @property
+    def _vae_channels(self) -> int:
+        """Channels of what the VAE makes."""
+        return self.pipeline.vae.config.latent_channels
 
     @property
     def image_multiple(self) -> int:
@@ -144,11 +149,6 @@ class Conditioner(ABC):
         self._check_present(["vae"], "encoding images")
         return self._encode_pixels(pixels, generator)
 
-    def predict(self, noisy_latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Calls the denoiser once, each row with its own timestep and caption; gradients reach its soft tokens.
-
-        Args:
-            noisy_latents: (n, C, h, w), on the device where the denoiser runs.
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decodes latents of `encode_images`' kind as sampling does.
@@ -182,6 +182,11 @@ class Conditioner(ABC):
             given["mu"] = self._shift(rows[0] * rows[1], num_inference_steps)
         return given
 
+    def predict(self, noisy_latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Calls the denoiser once, each row with its own timestep and caption; gradients reach its soft tokens.
+
+        Args:
+            noisy_latents: (n, C, h, w), on the device where the denoiser runs.
             timestep: (n,) in 0..1000, on any device.
             conditions: n rows of what `encode_captions` returned, on any device.
 
@@ -193,14 +198,21 @@ class Conditioner(ABC):
         """
         self._check_call(noisy_latents, timestep, conditions)
         denoiser: Any = self.denoiser
-        device, dtype, scale = noisy_latents.device, denoiser.dtype, family_of(denoiser).timestep.scale
+        device, dtype = noisy_latents.device, denoiser.dtype
+        clock = family_of(denoiser).timestep_of(denoiser.config)
         cast = {
             name: value.to(device, dtype if value.is_floating_point() else value.dtype)
             for name, value in conditions.items()
         }
         # Timesteps stay float32 or int64: the denoiser rounds them if it must, the bins of the soft tokens do not.
-        own_timestep = timestep.to(device) if scale == 1 else timestep.to(device, torch.float32) / scale
+        own_timestep = timestep.to(device)
+        if clock.scale != 1 or clock.reverse or clock.offset:
+            own_timestep = clock.of_level(own_timestep.float())
         return self._denoise(noisy_latents.to(dtype), own_timestep, cast).float()
+
+    def guidance(self, scale: float) -> dict[str, Any]:
+        """Returns the arguments of the pipeline's call that sample with a guidance scale."""
+        return {"guidance_scale": scale}
 
     @abstractmethod
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
@@ -210,10 +222,17 @@ class Conditioner(ABC):
         """Encodes and normalises valid pixels; for VAEs that need more than a shift and a scale, override it."""
         vae = self.pipeline.vae
         return normalised(vae_latents(vae, pixels, generator), vae.config)
-    def guidance(self, scale: float) -> dict[str, Any]:
-        """Returns the arguments of the pipeline's call that sample with a guidance scale."""
-        return {"guidance_scale": scale}
 
+    def _decode_latents(self, latents: Tensor) -> Tensor:
+        """Undoes `_encode_pixels`; float32 in and out."""
+        vae = self.pipeline.vae
+        return vae_pixels(vae, denormalised(latents, vae.config))
+
+    def _shift(self, sequence_length: int, num_inference_steps: int) -> float:
+        """Returns the `mu` of schedulers that shift by the number of image tokens."""
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        config = self.pipeline.scheduler.config
+        return calculate_shift(sequence_length, *(config[name] for name in names))
 
     @abstractmethod
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
@@ -227,17 +246,6 @@ class Conditioner(ABC):
         if missing:
             raise ValueError(
                 f"{purpose} needs {', '.join(missing)}, but this {type(self.pipeline).__name__} has none; load the "
-    def _decode_latents(self, latents: Tensor) -> Tensor:
-        """Undoes `_encode_pixels`; float32 in and out."""
-        vae = self.pipeline.vae
-        return vae_pixels(vae, denormalised(latents, vae.config))
-
-    def _shift(self, sequence_length: int, num_inference_steps: int) -> float:
-        """Returns the `mu` of schedulers that shift by the number of image tokens."""
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        config = self.pipeline.scheduler.config
-        return calculate_shift(sequence_length, *(config[name] for name in names))
-
                 "pipeline with it, or take from a cache what it would make"
             )
 

@@ -29,7 +29,7 @@ def vae_pixels(vae: Any, latents: Tensor) -> Tensor:
 
 def normalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Shifts and scales latents, (n, C, h, w), by the numbers in the VAE's config: what decoding undoes."""
-    shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         return (latents - shift) * scale
     mean = latents.new_tensor(config["latents_mean"]).view(-1, 1, 1)  # (C, 1, 1)

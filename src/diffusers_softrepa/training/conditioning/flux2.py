@@ -1,0 +1,84 @@
+"""FLUX.2, dev and klein: 512 tokens of a language model without a mask, latents packed 2 x 2 into rows.
+
+The VAE has no scale of its own: what it makes is put together 2 x 2 into 4C channels and standardised by the running
+statistics of its batch norm. The timestep is 0..1. Guidance-distilled models (dev) are told a guidance scale, 4 in
+sampling; the others (klein) are told none.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
+from torch.nn.functional import batch_norm
+
+from .base import Conditioner
+from .conditions import Conditions
+from .latents import vae_latents, vae_pixels
+
+_PATCH = 2
+
+
+class Flux2Conditioner(Conditioner):
+    """Conditions: `prompt_embeds` (n, tokens, D).
+
+    Attributes:
+        max_sequence_length: Text tokens per caption, the chat template's among them.
+        guidance_scale: What a guidance-distilled denoiser is told; others ignore it.
+    """
+
+    family = "flux2"
+    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    text_components = ("tokenizer", "text_encoder")
+    sigmas_from_one = True
+
+    def __init__(self, pipeline: Any, *, max_sequence_length: int = 512, guidance_scale: float = 4.0) -> None:
+        super().__init__(pipeline)
+        self.max_sequence_length = max_sequence_length
+        self.guidance_scale = guidance_scale
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipeline.transformer.config.in_channels // _PATCH**2
+
+    @property
+    def latent_multiple(self) -> int:
+        return _PATCH
+
+    def _encode(self, captions: list[str], device: torch.device) -> Conditions:
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            captions, device=device, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": prompt_embeds}
+
+    def _encode_pixels(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        pipe, vae = self.pipeline, self.pipeline.vae
+        patches = pipe._patchify_latents(vae_latents(vae, pixels, generator).contiguous())  # (n, 4C, h / 2, w / 2)
+        mean, variance = vae.bn.running_mean.to(patches), vae.bn.running_var.to(patches)
+        return pipe._unpatchify_latents(batch_norm(patches, mean, variance, eps=vae.config.batch_norm_eps))
+
+    def _decode_latents(self, latents: Tensor) -> Tensor:
+        pipe, vae = self.pipeline, self.pipeline.vae
+        patches = pipe._patchify_latents(latents.contiguous())  # (n, 4C, h / 2, w / 2)
+        mean, variance = vae.bn.running_mean.to(patches), vae.bn.running_var.to(patches)
+        spread = (variance + vae.config.batch_norm_eps).sqrt()
+        patches = patches * spread.view(-1, 1, 1) + mean.view(-1, 1, 1)
+        return vae_pixels(vae, pipe._unpatchify_latents(patches))
+
+    def _shift(self, sequence_length: int, num_inference_steps: int) -> float:
+        return compute_empirical_mu(sequence_length, num_inference_steps)
+
+    def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        pipe, text = self.pipeline, conditions["prompt_embeds"]
+        patches = pipe._patchify_latents(latents.contiguous())  # (n, 4C, h / 2, w / 2)
+        guided = pipe.transformer.config.guidance_embeds
+        packed = pipe.transformer(
+            hidden_states=pipe._pack_latents(patches),  # (n, N, 4C)
+            timestep=timestep,
+            guidance=torch.full_like(timestep, self.guidance_scale) if guided else None,
+            encoder_hidden_states=text,
+            txt_ids=pipe._prepare_text_ids(text).to(text.device),  # (n, tokens, 4)
+            img_ids=pipe._prepare_latent_ids(patches).to(text.device),  # (n, N, 4)
+            return_dict=False,
+        )[0]
+        return pipe._unpatchify_latents(packed.mT.reshape(patches.shape))

@@ -1,0 +1,71 @@
+"""Sana: 300 Gemma tokens with a mask, read through cross-attention; latents of a deep-compression autoencoder.
+
+Captions are encoded behind the instruction that the pipeline puts before prompts in sampling. The autoencoder is
+deterministic: it makes no posterior to draw from.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor
+
+from .base import Conditioner
+from .conditions import Conditions
+from .latents import normalised
+
+
+class SanaConditioner(Conditioner):
+    """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
+
+    Attributes:
+        max_sequence_length: Text tokens per caption, without the instruction.
+    """
+
+    family = "sana"
+    pipelines = ("SanaPipeline",)
+    text_components = ("tokenizer", "text_encoder")
+
+    def __init__(self, pipeline: Any, *, max_sequence_length: int = 300) -> None:
+        super().__init__(pipeline)
+        if pipeline.transformer.config.guidance_embeds:
+            raise ValueError(
+                "training needs a Sana that flow matching trained, but this one has guidance_embeds: it is distilled "
+                "for few steps (Sana-Sprint); train on the model it was distilled from"
+            )
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipeline.transformer.config.in_channels
+
+    @property
+    def latent_multiple(self) -> int:
+        return self.pipeline.transformer.config.patch_size
+
+    def _encode(self, captions: list[str], device: torch.device) -> Conditions:
+        settings = inspect.signature(type(self.pipeline).__call__).parameters
+        prompt_embeds, prompt_mask, *_ = self.pipeline.encode_prompt(
+            captions,
+            do_classifier_free_guidance=False,
+            device=device,
+            max_sequence_length=self.max_sequence_length,
+            complex_human_instruction=settings["complex_human_instruction"].default,
+        )
+        return {"prompt_embeds": prompt_embeds, "prompt_mask": prompt_mask}
+
+    def _encode_pixels(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode(pixels.to(get_module_execution_device(vae), vae.dtype)).latent
+        return normalised(latents.float(), vae.config)
+
+    def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        prediction = self.pipeline.transformer(
+            latents,
+            encoder_hidden_states=conditions["prompt_embeds"],
+            encoder_attention_mask=conditions["prompt_mask"],
+            timestep=timestep,
+            return_dict=False,
+        )[0]
+        return prediction[:, : latents.shape[1]]  # behind it a model may have a learned variance
