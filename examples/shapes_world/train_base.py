@@ -1,0 +1,223 @@
+"""Trains the base pipelines of the shapes world from scratch.
+
+    python examples/shapes_world/train_base.py vae --out outputs/base
+    python examples/shapes_world/train_base.py sd3 --out outputs/base
+
+First the autoencoder, then the denoiser with its text encoders. Either can be interrupted: it goes on from its last
+checkpoint. `log.jsonl` in the folder keeps the losses, `vae/` and `sd3/` what was trained, in the layout of diffusers.
+
+The captions of the denoiser are as imperfect as those of the web: numbers, relations and bindings are often wrong in
+them. So pictures are clean, and what they show is only loosely what was asked, as in large models.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional
+from world import Ask, random_ask, random_background, render
+
+SCENES = 60_000  # pictures that the denoiser learns from
+OTHER_CAPTION = 0.05  # share of captions that belong to another picture
+WRONG_CAPTION = 0.30  # share of captions with a number, relation or two attributes confused, if they have any
+WRONG_WORD = 0.05  # share of captions with a wrong colour or shape
+NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
+NOISE_MEAN = 0.4  # of the logit of the noise level; what is drawn where is decided at high noise
+# How long the T5 part of the text is in training: all words fit, but pipelines that are told nothing pad it to 256.
+T5_LENGTHS, T5_SHARES = (models.MAX_WORDS, 64, 256), (0.94, 0.04, 0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["vae", "sd3"])
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and results")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1000 for vae, 4000 for sd3)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint-every", type=int, default=250)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    {"vae": train_vae, "sd3": train_sd3}[args.part](args)
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Returns the pixels of random scenes, (count, 3, 32, 32) uint8."""
+    rng = np.random.default_rng(seed)
+    drawn = [np.asarray(render(random_ask(rng).scene(rng), random_background(rng))) for _ in range(count)]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+
+
+def as_input(pixels: Tensor) -> Tensor:
+    """Returns pixels (n, 3, 32, 32) uint8 as the autoencoder reads them, in -1..1."""
+    return pixels.float() / 127.5 - 1
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """Learns to compress: absolute error, a faint Kullback-Leibler term; then measures mean and spread of latents."""
+    steps = args.steps or 1000
+    vae = models.vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    run = Run(args, "vae", {"model": vae, "optimizer": optimizer})
+    pixels = pictures(8192, args.seed + 1)
+    for step in run.steps(steps, optimizer):
+        batch = as_input(pixels[torch.from_numpy(run.rng(step).integers(len(pixels), size=args.batch_size // 2))])
+        posterior = vae.encode(batch).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn_like(posterior.std) * 0.1
+        decoded = vae.decode(latents).sample
+        error = (decoded - batch).abs().mean() + (decoded - batch).square().mean()
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        run.optimize(error + 1e-4 * divergence, [vae], error=error.item(), divergence=divergence.item())
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(as_input(part)).latent_dist.mode() for part in pixels[:2048].split(256)])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+    vae.save_pretrained(args.out / "vae")
+
+
+def train_sd3(args: argparse.Namespace) -> None:
+    """Learns to draw what captions say: flow matching at logit-normal timesteps, with an average of the weights."""
+    steps = args.steps or 4000
+    vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
+    pipe = models.sd3_pipeline(vae)
+    pipe.set_progress_bar_config(disable=True)
+    parts = models.trained_parts(pipe).train()
+    average = copy.deepcopy(parts).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
+    latents, said = encoded_pictures(args, vae)
+    for step in run.steps(steps, optimizer):
+        rng = run.rng(step)
+        rows = rng.integers(len(latents), size=args.batch_size)
+        captions = [caption(said, row, rng) for row in rows]
+        length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
+        clean = latents[torch.from_numpy(rows)].float()
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+        sigma = torch.sigmoid(NOISE_MEAN + torch.from_numpy(rng.standard_normal(len(rows), dtype=np.float32)))
+        share = sigma.view(-1, 1, 1, 1)
+        embeds, pooled = models.encode(pipe, captions, length)
+        velocity = pipe.transformer(
+            hidden_states=(1 - share) * clean + share * noise,
+            timestep=1000 * sigma,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        run.optimize(functional.mse_loss(velocity, noise - clean), [parts])
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), parts.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+    parts.load_state_dict(average.state_dict())
+    pipe.to(torch.float16)
+    pipe.save_pretrained(args.out / "sd3")
+
+
+def caption(said: list[Ask], row: int, rng: np.random.Generator) -> str:
+    """Draws the caption of a picture, imperfect as the constants say."""
+    if rng.random() < NO_CAPTION:
+        return ""
+    kind = rng.random()
+    ask = said[int(rng.integers(len(said))) if kind < OTHER_CAPTION else row]
+    negatives, wrong = ask.negatives(), []
+    several = sum(want.count for want in ask.wants) > 1
+    if several and OTHER_CAPTION <= kind < OTHER_CAPTION + WRONG_CAPTION:
+        kinds = [name for name in ("number", "relation", "swap") if negatives[name]]
+        wrong = negatives[kinds[rng.integers(len(kinds))]]
+    elif kind > 1 - WRONG_WORD:
+        wrong = negatives["attribute"]
+    if wrong:
+        ask = wrong[rng.integers(len(wrong))]
+    return ask.rephrased(rng).caption
+
+
+def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, list[Ask]]:
+    """Returns normalised latents, (SCENES, 8, 8, 8) half precision, and what may be said of them; kept on disk."""
+    path = args.out / "latents.pt"
+    if not path.exists():
+        pixels = pictures(SCENES, args.seed + 2)
+        with torch.no_grad():
+            modes = [vae.encode(as_input(part)).latent_dist.mode() for part in pixels.split(256)]
+        latents = (torch.cat(modes) - vae.config.shift_factor) * vae.config.scaling_factor
+        torch.save(latents.half(), path)
+    return torch.load(path), said_of(SCENES, args.seed + 2)
+
+
+def said_of(count: int, seed: int) -> list[Ask]:
+    """Returns what may be said of the `pictures` of the same seed."""
+    rng = np.random.default_rng(seed)
+    said = []
+    for _ in range(count):
+        said.append(random_ask(rng))
+        said[-1].scene(rng), random_background(rng)
+    return said
+
+
+class Run:
+    """The steps of one training: learning rate, checkpoints, log."""
+
+    WARM_UP, COOL_DOWN = 100, 0.3  # steps; share of steps
+
+    def __init__(self, args: argparse.Namespace, name: str, state: dict[str, Any]) -> None:
+        self._args, self._name, self._state = args, name, state
+        self._path = args.out / f"{name}.checkpoint.pt"
+        self._done, self._step, self._losses = 0, 0, []
+        self._optimizer: Any = None
+        if self._path.exists():
+            saved = torch.load(self._path)
+            for key, value in state.items():
+                value.load_state_dict(saved[key])
+            self._done = saved["step"]
+
+    def rng(self, step: int) -> np.random.Generator:
+        """Random numbers of one step, the same when it is repeated."""
+        return np.random.default_rng((self._args.seed, step))
+
+    def steps(self, steps: int, optimizer: Any) -> Any:
+        """Counts the steps that are left."""
+        self._optimizer, began = optimizer, time.perf_counter()
+        for step in range(self._done, steps):
+            self._step = step
+            torch.manual_seed(self._args.seed + 1000 * step)
+            rate = min(1, (step + 1) / self.WARM_UP, (steps - step) / (self.COOL_DOWN * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = self._args.learning_rate * rate
+            yield step
+            if (step + 1) % 50 == 0:  # the mean of 50 steps
+                entry = {"part": self._name, "step": step + 1, "loss": float(np.mean(self._losses))}
+                entry |= {"learning_rate": self._args.learning_rate * rate, "seconds": time.perf_counter() - began}
+                with open(self._args.out / "log.jsonl", "a", encoding="utf-8") as log:
+                    log.write(json.dumps(entry | self._more) + "\n")
+                print(entry | self._more, flush=True)
+                self._losses.clear()
+            if (step + 1) % self._args.checkpoint_every == 0:
+                self._save(step + 1)
+
+    def optimize(self, loss: Tensor, models: list[nn.Module], **more: float) -> None:
+        """One optimizer step."""
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss of step {self._step} is {loss.item()}; lower --learning-rate")
+        self._losses.append(loss.item())
+        self._more = more
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for model in models for p in model.parameters()], 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _save(self, step: int) -> None:
+        saved = {key: value.state_dict() for key, value in self._state.items()} | {"step": step}
+        torch.save(saved, self._path.with_suffix(".new"))
+        self._path.with_suffix(".new").replace(self._path)
+
+
+if __name__ == "__main__":
+    main()
