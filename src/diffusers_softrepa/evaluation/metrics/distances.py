@@ -38,7 +38,8 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     root = _root(covariance)
     cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
     traces = covariance.trace() + other_covariance.trace()
-    return ((one.mean(0) - other.mean(0)).square().sum() + traces - 2 * cross).item()
+    distance = (one.mean(0) - other.mean(0)).square().sum() + traces - 2 * cross
+    return max(distance.item(), 0.0)  # rounding may take equal sets below 0
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights and packages that metrics need: had, or one sentence about what is missing and how to get it."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +24,14 @@ def load(cls: Any, source: str, needed_by: str, **options: Any) -> Any:
         return cls.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
+        way = (
+            "complete the folder"
+            if Path(source).exists()
+            else f"download it once with `hf download {source}` while online"
+        )
         raise OSError(
-            f"{needed_by} needs {cls.__name__} of {source}, which cannot be loaded ({reason}); download it once with "
-            f"`hf download {source}` while online, or give a folder that holds it"
+            f"{needed_by} needs {cls.__name__} of {source}, which cannot be loaded ({reason}); {way}, or "
+            "give a folder that holds it"
         ) from error
 
 
