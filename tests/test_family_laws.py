@@ -37,7 +37,7 @@ def test_every_supported_class_is_in_the_zoo():
 @each(EVERYTHING)
 def test_tokens_change_the_prediction_and_go_without_a_trace(specimen: Specimen):
     denoiser, inputs = specimen.denoiser(), specimen.inputs(2, LENGTH)
-    assert sum(parameter.numel() for parameter in denoiser.parameters()) < 1_000_000
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) < 5_000_000
     before, described = specimen.call(denoiser, inputs), repr(denoiser)
     attributes = [sorted(vars(module)) for module in denoiser.modules()]
     name = add_softrepa(denoiser, zoo.everywhere(denoiser))
@@ -81,12 +81,13 @@ def _gradients(specimen: Specimen, denoiser: Any, inputs: zoo.Inputs) -> list[Te
 @each([specimen for specimen in EVERYTHING if specimen.checkpoints])
 def test_gradients_equal_those_without_checkpointing(specimen: Specimen):
     denoiser, inputs = zoo.with_tokens(specimen), specimen.inputs(2, LENGTH)
-    expected = _gradients(specimen, denoiser, inputs)
-    denoiser.enable_gradient_checkpointing()
     runs: list[int] = []
-    zoo.blocks_of(denoiser)[0].module.register_forward_pre_hook(lambda *_: runs.append(1))
+    for module in denoiser.modules():
+        module.register_forward_pre_hook(lambda *_: runs.append(1))
+    expected, once = _gradients(specimen, denoiser, inputs), len(runs)
+    denoiser.enable_gradient_checkpointing(specimen.checkpointing)
     got = _gradients(specimen, denoiser, inputs)
-    assert len(runs) == 4, "no block ran again in the backward pass"
+    assert len(runs) - once > once, "nothing ran again in the backward pass"
     for ours, wanted in zip(got, expected, strict=True):
         assert wanted.abs().max() > 0
         assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -162,6 +163,7 @@ def test_what_a_masked_row_of_text_holds_does_not_matter(specimen: Specimen):
 def test_tokens_equal_a_text_that_is_longer_by_as_many_rows(specimen: Specimen):
     """The first block that reads L + K rows natively gives what it gives with L rows and K soft tokens."""
     seen: list[tuple[Any, ...]] = []
+    front = specimen.front
     for length in (LENGTH + K, LENGTH):
         denoiser = specimen.denoiser()
         block = zoo.blocks_of(denoiser)[0]
@@ -172,7 +174,7 @@ def test_tokens_equal_a_text_that_is_longer_by_as_many_rows(specimen: Specimen):
         if length == LENGTH:
             fields = {} if block.group.stage else {"num_layers": 1}
             add_softrepa(denoiser, zoo.everywhere(denoiser, num_timestep_bins=None, **fields))
-            zoo.fill_tokens(denoiser, seen[0][0][0, :K])
+            zoo.fill_tokens(denoiser, seen[0][0][0, front : front + K])
         specimen.call(denoiser, specimen.inputs(2, length))
     (_, native), (short, ours) = seen[0], seen[len(seen) // 2]
     assert short.shape[1] == seen[0][0].shape[1] - K
@@ -181,7 +183,7 @@ def test_tokens_equal_a_text_that_is_longer_by_as_many_rows(specimen: Specimen):
         native, ours = (native,), (ours,)
     for index, (mine, wanted) in enumerate(zip(ours, native, strict=True)):
         if wanted is not None and (returns == "self" or index == returns):
-            wanted = wanted[:, K:]
+            wanted = torch.cat([wanted[:, :front], wanted[:, front + K :]], dim=1)
         if isinstance(wanted, Tensor):
             assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
 

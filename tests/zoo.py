@@ -15,6 +15,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, family_of, softrepa_parameters
 from diffusers_softrepa.families import Block, text_blocks
@@ -41,8 +42,11 @@ class Specimen:
             class takes no mask.
         leaky: Why what a masked row of text holds does matter to this class, even without tokens.
         positioned: Why a text that is longer by K rows is not what K tokens are: text has positions, or the like.
+        front: Rows of the stream before the text that was given.
         checkpoints: Whether the class supports gradient checkpointing.
+        checkpointing: The function that it is given for that; its own default unless given.
         upstream: A bug of the class itself under gradient checkpointing, for as long as it is there.
+        drawn: Rows of the picture at the end of a prediction that has a row for each token of the sequence.
         prepare: Changes a fresh denoiser.
     """
 
@@ -54,8 +58,11 @@ class Specimen:
     mask: Callable[[int, int, int], Inputs] | None = None
     leaky: str | None = None
     positioned: str | None = None
+    front: int = 0
     checkpoints: bool = True
+    checkpointing: Callable[..., Any] | None = None
     upstream: str | None = None
+    drawn: int | None = None
     prepare: Callable[[Any], None] | None = None
 
     def denoiser(self) -> Any:
@@ -82,7 +89,7 @@ class Specimen:
         batch = inputs.get("batch", 2)
         timestep = clock.of_level(torch.as_tensor(level, dtype=torch.float32).expand(batch))
         output = denoiser(**{k: v for k, v in inputs.items() if k != "batch"}, **{clock.arg: timestep})
-        return _flat(output)
+        return _flat(output if self.drawn is None else _first(output)[:, -self.drawn :])
 
 
 SPECIMENS: dict[str, Specimen] = {}
@@ -152,10 +159,19 @@ def blocks_of(denoiser: nn.Module) -> list[Block]:
     return text_blocks(denoiser, family_of(denoiser))
 
 
+def keywords_too(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A checkpointing function that takes what the default one does not."""
+    return checkpoint(block, *args, use_reentrant=False, **kwargs)
+
+
 def fill_tokens(denoiser: nn.Module, value: float | Tensor) -> None:
     """Writes the tokens of an adapter without timestep bins."""
     with torch.no_grad():
         softrepa_parameters(denoiser)["tokens"].copy_(torch.as_tensor(value))
+
+
+def _first(output: Any) -> Tensor:
+    return next(_tensors(output))
 
 
 def _flat(output: Any) -> Tensor:

@@ -50,3 +50,45 @@ add(
         mask=_mask,
     )
 )
+
+add(
+    Specimen(
+        "dreamlite",
+        "DreamLiteUNetModel",
+        {
+            "sample_size": 8,
+            "block_out_channels": (8, 16, 16),
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 12,
+            "ff_mult": 2,
+        },
+        _inputs(),
+        mask=_mask,
+    )
+)
+add(
+    Specimen(
+        "kandinsky3",
+        "Kandinsky3UNet",
+        {
+            "time_embedding_dim": 16,
+            "groups": 4,
+            "attention_head_dim": 4,
+            "layers_per_block": 2,
+            "block_out_channels": (8, 16),
+            "cross_attention_dim": 12,
+            "encoder_hid_dim": 10,
+        },
+        lambda batch, length: {
+            "sample": noise("image", batch, 4, 8, 8),
+            "encoder_hidden_states": text(batch, length, 10),
+            "encoder_attention_mask": ones_then_zeros(batch, length, length),
+        },
+        mask=_mask,
+        leaky="the time embedding reads the mean of all rows",
+        positioned="the time embedding reads the text as well",
+        checkpoints=False,
+    )
+)

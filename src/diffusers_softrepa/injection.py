@@ -118,7 +118,7 @@ class Injector:
 
     def __init__(self, denoiser: nn.Module, spec: FamilySpec) -> None:
         self._denoiser = denoiser
-        self._guards = spec.guards
+        self._guards, self._timed_guards = spec.guards, spec.timed_guards
         self._timestep = spec.timestep_of(cast(Mapping[str, Any], denoiser.config))
         self._positions = positions_of(denoiser)
         self._sites = {b.path: _Site.of(uncompiled(b.module), b.group) for b in text_blocks(denoiser, spec)}
@@ -146,7 +146,7 @@ class Injector:
         """Returns what each site does in the denoiser call with these arguments."""
         sources, work = self._work
         arguments = bound(self._positions, args, kwargs)
-        self._check_call(arguments)
+        self._check_call(arguments, timed=any((source.tokens.num_bins or 1) > 1 for source in sources))
         if any(site.group.level == "kv" for site, _ in work) and not torch.compiler.is_compiling():
             self._follow()
         timestep = torch.as_tensor(arguments[self._timestep.arg], device=_device_of(arguments))
@@ -157,10 +157,10 @@ class Injector:
         tables = [table.expand(rows, -1, -1, -1) for table in tables]
         return [(site, _terms(plan, tables)) for site, plan in work]
 
-    def _check_call(self, arguments: Mapping[str, Any]) -> None:
+    def _check_call(self, arguments: Mapping[str, Any], *, timed: bool) -> None:
         """Refuses what cannot be right with tokens, before anything is touched."""
         _check_undivided(self._denoiser)
-        for guard in self._guards:
+        for guard in (*self._guards, *(self._timed_guards if timed else ())):
             hindrance = guard(self._denoiser, arguments)
             if hindrance is not None:
                 raise ValueError(hindrance)
@@ -352,6 +352,7 @@ class _Checkpointing:
                 self._own = None
 
     def _checkpoint(self, own: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        block = getattr(block, "__self__", block)  # PRX checkpoints the bound __call__ of its blocks
         site = self._sites.get(uncompiled(block))
         if site is None or site.current.value is None:
             return own(block, *args, **kwargs)

@@ -83,17 +83,26 @@ def _stream(text: Any) -> Any:
 
 def _grow_part(value: Any, side: Side, *, at: int, length: int, count: int) -> Any:
     """Returns an argument with the part of it that `side` names grown, as a new tuple, list or dict."""
-    if side.select is None and not side.each:
-        return _grow(value, side, at=at, length=length, count=count)
+    if side.select is None:
+        return _grow_each(value, side, at=at, length=length, count=count)
     if isinstance(value, Mapping):
-        part = value.get(side.select)  # type: ignore[call-overload]
-        return value if part is None else {**value, side.select: _grow(part, side, at=at, length=length, count=count)}
+        part = value.get(str(side.select))
+        if part is None:
+            return value
+        return {**value, side.select: _grow_each(part, side, at=at, length=length, count=count)}
     return type(value)(
         [
-            _grow(part, side, at=at, length=length, count=count) if side.each or index == side.select else part
+            _grow_each(part, side, at=at, length=length, count=count) if index == side.select else part
             for index, part in enumerate(value)
         ]
     )
+
+
+def _grow_each(value: Any, side: Side, *, at: int, length: int, count: int) -> Any:
+    """Returns `value`, or each tensor in the tuple or list that it is, grown."""
+    if value is None or not side.each:
+        return _grow(value, side, at=at, length=length, count=count)
+    return type(value)([_grow(part, side, at=at, length=length, count=count) for part in value])
 
 
 def _grow(value: Tensor | None, side: Side, *, at: int, length: int, count: int) -> Tensor | None:

@@ -5,16 +5,42 @@ To support another class, write a `FamilySpec` and `register_family` it; nothing
 
 from torch import nn
 
-from .cross_attention import PIXART, SANA
-from .flux import CHROMA, FLUX, FLUX2
-from .qwen import QWEN_IMAGE
+from .cross_attention import COSMOS, HUNYUAN_DIT, KANDINSKY5, LUMINA_NEXT, PIXART, PRX, SANA
+from .dual_stream import (
+    AURA_FLOW,
+    COGVIEW3_PLUS,
+    COGVIEW4,
+    GLM_IMAGE,
+    HIDREAM,
+    HUNYUAN_IMAGE,
+    JOY_IMAGE_EDIT,
+    JOY_IMAGE_EDIT_PLUS,
+)
+from .flux import BRIA, CHROMA, FIBO, FLUX, FLUX2, FLUX3, LONGCAT_IMAGE, OVIS_IMAGE
+from .qwen import NUCLEUS_IMAGE, QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
-from .single_stream import Z_IMAGE
+from .single_stream import ERNIE_IMAGE, FIBO2, IDEOGRAM4, KREA2, LUMINA2, OMNIGEN, Z_IMAGE
 from .spec import Block, FamilySpec, Group, Side, Timestep, text_blocks
-from .unet import UNET
+from .unet import DREAMLITE, KANDINSKY3, UNET
 
-_IMAGE = (UNET, SD3, FLUX, FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, SANA, PIXART)
-_FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in _IMAGE}
+_UNETS = (UNET, KANDINSKY3, DREAMLITE)
+_FLUXES = (FLUX, FLUX2, FLUX3, CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, FIBO)
+_QWENS = (QWEN_IMAGE, QWEN_IMAGE_21, NUCLEUS_IMAGE)
+_DUAL_STREAM = (
+    SD3,
+    AURA_FLOW,
+    COGVIEW3_PLUS,
+    COGVIEW4,
+    GLM_IMAGE,
+    HUNYUAN_IMAGE,
+    HIDREAM,
+    JOY_IMAGE_EDIT,
+    JOY_IMAGE_EDIT_PLUS,
+)
+_SINGLE_STREAM = (Z_IMAGE, KREA2, LUMINA2, OMNIGEN, IDEOGRAM4, ERNIE_IMAGE, FIBO2)
+_CROSS_ATTENTION = (SANA, PIXART, LUMINA_NEXT, HUNYUAN_DIT, PRX, KANDINSKY5, COSMOS)
+_BUILT_IN = (*_UNETS, *_FLUXES, *_QWENS, *_DUAL_STREAM, *_SINGLE_STREAM, *_CROSS_ATTENTION)
+_FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in _BUILT_IN}
 
 
 def register_family(spec: FamilySpec) -> None:

@@ -1,5 +1,6 @@
 """Transformers that read text by cross-attention: it is the same for all blocks, and none returns it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,4 +32,65 @@ SANA = FamilySpec(
     width=_WIDTH,
     defaults=recipe(_WIDTH, "num_layers"),
     clock=_sana_clock,
+)
+
+LUMINA_NEXT = FamilySpec(
+    name="lumina-next",
+    denoiser="LuminaNextDiT2DModel",
+    groups=(Group("layers", text="encoder_hidden_states", sides=(Side("encoder_mask", dim=1, fill=1.0),)),),
+    width=_WIDTH,
+    defaults=recipe(_WIDTH, "num_layers"),
+    timestep=Timestep(scale=1000.0, reverse=True),
+)
+
+# Masked text is replaced by learned padding before any block sees it.
+HUNYUAN_DIT = FamilySpec(
+    name="hunyuan-dit",
+    denoiser="HunyuanDiT2DModel",
+    groups=(Group("blocks", text="encoder_hidden_states"),),
+    width=_WIDTH,
+    defaults=recipe(_WIDTH, "num_layers"),
+)
+
+PRX = FamilySpec(
+    name="prx",
+    denoiser="PRXTransformer2DModel",
+    groups=(Group("blocks", text="encoder_hidden_states", sides=(Side("attention_mask", dim=1, fill=1.0),)),),
+    width=named_width("hidden_size"),
+    defaults=recipe(named_width("hidden_size"), "depth"),
+    timestep=Timestep(scale=1000.0),
+)
+
+KANDINSKY5 = FamilySpec(
+    name="kandinsky5",
+    denoiser="Kandinsky5Transformer3DModel",
+    groups=(Group("visual_transformer_blocks", text="text_embed"),),
+    width=named_width("model_dim"),
+    defaults=recipe(named_width("model_dim"), "num_visual_blocks"),
+)
+
+
+def _cosmos_clock(config: Mapping[str, Any]) -> Timestep:
+    """Cosmos 1, which has learned positions, gets log(sigma) / 4 for sigma from 0.002 to 80; later ones 0 to 1."""
+    if config["extra_pos_embed_type"] is None:
+        return Timestep(scale=1000.0)
+    low, high = math.log(0.002) / 4, math.log(80.0) / 4
+    scale = 1000.0 / (high - low)
+    return Timestep(scale=scale, offset=-low * scale)
+
+
+# The text is a tensor, or the first of a tuple with image conditions. Anima is a Cosmos.
+COSMOS = FamilySpec(
+    name="cosmos",
+    denoiser="CosmosTransformer3DModel",
+    groups=(
+        Group(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            sides=(Side("attention_mask", dim=3, fill=1.0),),
+        ),
+    ),
+    width=named_width("text_embed_dim"),
+    defaults=recipe(named_width("text_embed_dim"), "num_layers"),
+    clock=_cosmos_clock,
 )

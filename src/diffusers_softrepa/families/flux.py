@@ -6,13 +6,18 @@ Chroma). There is no published FLUX.1 adapter; the defaults follow SD3's.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from .spec import FamilySpec, Group, Side, Timestep, inner_width, recipe
 
 _ROTARY = Side("image_rotary_emb", dim=0, each=True)
 _DUAL = Group("transformer_blocks", text="encoder_hidden_states", returns=0, sides=(_ROTARY,))
 _APART = Group("single_transformer_blocks", text="encoder_hidden_states", returns=0, sides=(_ROTARY,))
+_JOINT = Group("single_transformer_blocks", text="hidden_states", returns="self", sides=(_ROTARY,))
 _ZERO_TO_ONE = Timestep(scale=1000.0)
 _RECIPE = recipe(inner_width, "num_layers", "num_single_layers")
 
@@ -26,6 +31,11 @@ FLUX = FamilySpec(
 )
 
 
+OVIS_IMAGE = replace(FLUX, name="ovis-image", denoiser="OvisImageTransformer2DModel")
+LONGCAT_IMAGE = replace(FLUX, name="longcat-image", denoiser="LongCatImageTransformer2DModel")
+BRIA = replace(FLUX, name="bria", denoiser="BriaTransformer2DModel", timestep=Timestep())
+
+
 def _count_text(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
     """With its cache of reference images, FLUX.2 tells single blocks where the text ends."""
     settings = arguments.get("joint_attention_kwargs")
@@ -34,33 +44,49 @@ def _count_text(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {"joint_attention_kwargs": {**settings, "num_txt_tokens": settings["num_txt_tokens"] + count}}
 
 
-FLUX2 = FamilySpec(
+FLUX2 = replace(
+    FLUX,
     name="flux2",
     denoiser="Flux2Transformer2DModel",
     groups=(
         _DUAL,
-        Group(
-            "single_transformer_blocks",
-            text="hidden_states",
-            returns="self",
-            sides=(_ROTARY, Side("temb_mod", dim=1, per_token=True)),
-            fix=_count_text,
-        ),
+        replace(_JOINT, sides=(_ROTARY, Side("temb_mod", dim=1, per_token=True)), fix=_count_text),
     ),
-    width=inner_width,
-    defaults=_RECIPE,
-    timestep=_ZERO_TO_ONE,
+)
+# Text has a modulation of its own, a row for each token.
+FLUX3 = replace(
+    FLUX,
+    name="flux3",
+    denoiser="Flux3Transformer2DModel",
+    groups=(replace(_APART, sides=(_ROTARY, Side("temb_mod_context", dim=1, per_token=True))),),
+    defaults=recipe(inner_width, "num_single_layers"),
 )
 
-_JOINT_MASK = Side("attention_mask", dim=1, fill=1.0)
-CHROMA = FamilySpec(
+
+def _mask_under_checkpointing(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    checkpointed = getattr(denoiser, "gradient_checkpointing", False) and torch.is_grad_enabled()
+    if not checkpointed or arguments.get("attention_mask") is None:
+        return None
+    return (
+        "Chroma's single blocks must see the attention mask, but under gradient checkpointing diffusers does not hand "
+        "it to them; call disable_gradient_checkpointing(), or leave attention_mask out by cutting captions to their "
+        "length"
+    )
+
+
+_MASK = Side("attention_mask", dim=1, fill=1.0)
+CHROMA = replace(
+    FLUX,
     name="chroma",
     denoiser="ChromaTransformer2DModel",
-    groups=(
-        Group("transformer_blocks", text="encoder_hidden_states", returns=0, sides=(_ROTARY, _JOINT_MASK)),
-        Group("single_transformer_blocks", text="hidden_states", returns="self", sides=(_ROTARY, _JOINT_MASK)),
-    ),
-    width=inner_width,
-    defaults=_RECIPE,
-    timestep=_ZERO_TO_ONE,
+    groups=(replace(_DUAL, sides=(_ROTARY, _MASK)), replace(_JOINT, sides=(_ROTARY, _MASK))),
+    guards=(_mask_under_checkpointing,),
+)
+_NESTED_MASK = Side("joint_attention_kwargs", dim=3, select="attention_mask", fill=1.0)
+FIBO = replace(
+    FLUX,
+    name="fibo",
+    denoiser="BriaFiboTransformer2DModel",
+    groups=(replace(_DUAL, sides=(_ROTARY, _NESTED_MASK)), replace(_JOINT, sides=(_ROTARY, _NESTED_MASK))),
+    timestep=Timestep(),
 )

@@ -4,7 +4,7 @@ Tokens go to the front of the sequence, wherever its text begins, and are cut of
 masks, rotary rows and modulation, which grow at the front as well.
 """
 
-from .spec import FamilySpec, Group, Side, Timestep, named_width, recipe
+from .spec import FamilySpec, Group, Side, Timestep, inner_width, named_width, recipe
 
 # The sequence is image, then text; in the first row there is no text to copy the rotary row of.
 Z_IMAGE = FamilySpec(
@@ -25,4 +25,122 @@ Z_IMAGE = FamilySpec(
     width=named_width("dim"),
     defaults=recipe(named_width("dim"), "n_layers"),
     timestep=Timestep("t", scale=1000.0, reverse=True),
+)
+
+_ZERO_TO_ONE = Timestep(scale=1000.0)
+_IMAGE_AT_ONE = Timestep(scale=1000.0, reverse=True)
+_COS_SIN = Side("image_rotary_emb", dim=0, each=True)
+_HIDDEN_SIZE = named_width("hidden_size")
+
+KREA2 = FamilySpec(
+    name="krea2",
+    denoiser="Krea2Transformer2DModel",
+    groups=(
+        Group(
+            "transformer_blocks",
+            text="hidden_states",
+            returns="self",
+            sides=(_COS_SIN, Side("attention_mask", dim=3, fill=1.0), Side("temb", dim=1, per_token=True)),
+        ),
+    ),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+    timestep=_ZERO_TO_ONE,
+)
+
+# Each sample is packed: text, image, then padding.
+LUMINA2 = FamilySpec(
+    name="lumina2",
+    denoiser="Lumina2Transformer2DModel",
+    groups=(
+        Group(
+            "layers",
+            text="hidden_states",
+            returns="self",
+            sides=(Side("attention_mask", dim=1, fill=1.0), Side("image_rotary_emb", dim=1)),
+        ),
+    ),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_layers"),
+    timestep=_IMAGE_AT_ONE,
+)
+
+# The additive mask has a row for each query.
+OMNIGEN = FamilySpec(
+    name="omnigen",
+    denoiser="OmniGenTransformer2DModel",
+    groups=(
+        Group(
+            "layers",
+            text="hidden_states",
+            returns="self",
+            sides=(Side("attention_mask", dim=3, full=True, fill=0.0), _COS_SIN),
+        ),
+    ),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_layers"),
+    timestep=_IMAGE_AT_ONE,
+)
+
+# Text is padded in front, and padding sees only itself: a copy of the mask's first column would hide the tokens.
+IDEOGRAM4 = FamilySpec(
+    name="ideogram4",
+    denoiser="Ideogram4Transformer2DModel",
+    groups=(
+        Group(
+            "layers",
+            text="hidden_states",
+            returns="self",
+            sides=(
+                Side("attention_mask", dim=3, full=True, fill=1.0),
+                Side("image_rotary_emb", dim=1, each=True),
+                Side("adaln_input", dim=1, per_token=True),
+            ),
+        ),
+    ),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+    timestep=_IMAGE_AT_ONE,
+)
+
+# Sequence first, batch second; rotary rows are angles; the six parts of the modulation have a row for each token.
+ERNIE_IMAGE = FamilySpec(
+    name="ernie-image",
+    denoiser="ErnieImageTransformer2DModel",
+    groups=(
+        Group(
+            "layers",
+            text="x",
+            returns="self",
+            seq_dim=0,
+            sides=(
+                Side("rotary_pos_emb", dim=1, fill=0.0),
+                Side("temb", dim=0, each=True, per_token=True),
+                Side("attention_mask", dim=3, fill=1.0),
+            ),
+        ),
+    ),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_layers"),
+)
+
+# Text comes as learned tokens that are modulated as clean ones (noise mask 0), before or behind the image.
+FIBO2 = FamilySpec(
+    name="fibo2",
+    denoiser="BriaFibo2Transformer2DModel",
+    groups=(
+        Group(
+            "layers",
+            text="x",
+            returns="self",
+            sides=(
+                Side("attn_mask", dim=1, fill=1.0),
+                Side("freqs_cis", dim=1, fill="identity"),
+                Side("noise_mask", dim=1, fill=0.0),
+            ),
+        ),
+    ),
+    width=named_width("dim"),
+    defaults=recipe(named_width("dim"), "n_layers"),
+    timestep=_ZERO_TO_ONE,
 )

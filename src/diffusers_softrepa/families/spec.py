@@ -27,8 +27,8 @@ class Side:
         fill: `"first"` repeats the row of the first text token (position-free rotary rows); `"identity"` is the
             rotation by nothing, for rotary rows whose first row is no text; a number fills a constant (0.0 keeps a key
             in an additive mask, 1.0 or True in a multiplicative one).
-        each: The argument is a tuple of tensors and every one of them grows, as in rotary `(cos, sin)`.
         select: Which part of a tuple (index) or dict (key) grows; the argument itself unless given.
+        each: What grows is a tuple of tensors, and every one of them does, as in rotary `(cos, sin)`.
         where: Where the text begins in it: `"tokens"` at row 0, as in the text stream; `"text_last"` behind
             everything else, so that its last rows are those of the text; `"end"` puts the new rows behind all others.
         full: A mask with a row and a column for each token: both grow.
@@ -151,6 +151,7 @@ class FamilySpec:
         clock: From the denoiser's config to its timestep, for classes whose pipelines differ; `timestep` unless given.
         guards: What refuses a call that cannot be right with tokens. Each gets the denoiser and the arguments of its
             call by name, and returns a sentence that says what must hold, what came and what to do, or None.
+        timed_guards: The same for calls whose tokens depend on the timestep.
     """
 
     name: str
@@ -161,6 +162,7 @@ class FamilySpec:
     timestep: Timestep = field(default_factory=Timestep)
     clock: Callable[[Mapping[str, Any]], Timestep] | None = None
     guards: tuple[Guard, ...] = ()
+    timed_guards: tuple[Guard, ...] = ()
 
     def timestep_of(self, config: Mapping[str, Any]) -> Timestep:
         """Returns where the noise level is, and on which scale, for a denoiser with this config."""

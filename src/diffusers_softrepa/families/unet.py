@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL: a UNet whose stages read text by cross-attention.
+"""Stable Diffusion 1.x, 2.x and XL, DreamLite, Kandinsky 3: UNets whose stages read text by cross-attention.
 
 Text is read and never returned, so nothing is cut off. One layer of tokens serves all blocks of the chosen stages; it
 goes in right after the first (BOS) token. Other stages see the plain text.
@@ -7,6 +7,7 @@ Source: SoftREPA, arXiv 2503.08250: SD1.5 uses the down stage with timestep bins
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .spec import FamilySpec, Group, Side
@@ -47,4 +48,25 @@ UNET = FamilySpec(
     groups=(_group("down_blocks", "down"), _group("mid_block", "mid"), _group("up_blocks", "up")),
     width=_width,
     defaults=_defaults,
+)
+
+DREAMLITE = replace(UNET, name="dreamlite", denoiser="DreamLiteUNetModel")
+
+
+def _reads_context(block: Any) -> bool:
+    return block.context_dim is not None
+
+
+def _kandinsky_group(path: str, stage: str) -> Group:
+    return Group(
+        path, text="context", sides=(Side("context_mask", dim=2, fill=0.0),), stage=stage, needs=_reads_context
+    )
+
+
+KANDINSKY3 = FamilySpec(
+    name="kandinsky3",
+    denoiser="Kandinsky3UNet",
+    groups=(_kandinsky_group("down_blocks", "down"), _kandinsky_group("up_blocks", "up")),
+    width=_width,
+    defaults=lambda config: {"num_tokens": 4, "stages": ["down"], "num_timestep_bins": 100},
 )

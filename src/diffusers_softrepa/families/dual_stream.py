@@ -1,0 +1,140 @@
+"""Dual-stream transformers without rotary positions for text: MM-DiT in its many variants.
+
+A block takes and returns text and image apart; some classes go on with blocks that take both in one sequence. Where
+blocks get a mask over image and text, the text's columns are its last.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .spec import FamilySpec, Group, Side, Timestep, inner_width, named_width, recipe
+
+_MASK_BEHIND_IMAGE = Side("attention_mask", dim=3, where="text_last", fill=1.0)
+
+AURA_FLOW = FamilySpec(
+    name="aura-flow",
+    denoiser="AuraFlowTransformer2DModel",
+    groups=(
+        Group("joint_transformer_blocks", text="encoder_hidden_states", returns=0),
+        Group("single_transformer_blocks", text="hidden_states", returns="self"),
+    ),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_mmdit_layers", "num_single_dit_layers"),
+    timestep=Timestep(scale=1000.0),
+)
+
+COGVIEW3_PLUS = FamilySpec(
+    name="cogview3-plus",
+    denoiser="CogView3PlusTransformer2DModel",
+    groups=(Group("transformer_blocks", text="encoder_hidden_states", returns=1),),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+)
+
+# The mask is made 0 and 1 and added to the attention logits: 1 is what a valid token gets.
+_TEXT_MASK = Side("attention_mask", dim=1, fill=1.0)
+COGVIEW4 = FamilySpec(
+    name="cogview4",
+    denoiser="CogView4Transformer2DModel",
+    groups=(Group("transformer_blocks", text="encoder_hidden_states", returns=1, sides=(_TEXT_MASK,)),),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+)
+
+
+def _text_in_image_cache(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    caches, text = arguments.get("kv_caches"), arguments.get("encoder_hidden_states")
+    if caches is None or text is None or text.shape[1] == 0 or caches[0].mode != "write":
+        return None
+    return (
+        f"GLM-Image's cache must be written without text, but it is written with {text.shape[1]} rows of text; soft "
+        "tokens would stay in it; write it with encoder_hidden_states of length 0, as the pipeline does"
+    )
+
+
+GLM_IMAGE = FamilySpec(
+    name="glm-image",
+    denoiser="GlmImageTransformer2DModel",
+    groups=COGVIEW4.groups,
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+    timestep=Timestep(offset=1.0),
+    guards=(_text_in_image_cache,),
+)
+
+
+def _checkpointing_without_keywords(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    checkpoint = getattr(denoiser, "_gradient_checkpointing_func", None)
+    if checkpoint is None or not (getattr(denoiser, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(checkpoint).parameters.values()):
+        return None
+    return (
+        "HunyuanImage checkpoints its blocks with keyword arguments, which the checkpointing function of diffusers "
+        "does not take; give it one that does: enable_gradient_checkpointing(lambda block, *args, **kwargs: "
+        "torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **kwargs))"
+    )
+
+
+HUNYUAN_IMAGE = FamilySpec(
+    name="hunyuan-image",
+    denoiser="HunyuanImageTransformer2DModel",
+    groups=(
+        Group("transformer_blocks", text="encoder_hidden_states", returns=1, sides=(_MASK_BEHIND_IMAGE,)),
+        Group("single_transformer_blocks", text="encoder_hidden_states", returns=1, sides=(_MASK_BEHIND_IMAGE,)),
+    ),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers", "num_single_layers"),
+    guards=(_checkpointing_without_keywords,),
+)
+
+# The sequence is image, then text at position zero. What the image's mask multiplies are keys.
+HIDREAM = FamilySpec(
+    name="hidream",
+    denoiser="HiDreamImageTransformer2DModel",
+    groups=(
+        Group(
+            "double_stream_blocks",
+            text="encoder_hidden_states",
+            returns=1,
+            sides=(Side("image_rotary_emb", dim=1, where="text_last"),),
+        ),
+        Group(
+            "single_stream_blocks",
+            text="hidden_states",
+            returns="self",
+            sides=(Side("image_rotary_emb", dim=1, fill="identity"), Side("hidden_states_masks", dim=1, fill=1.0)),
+        ),
+    ),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers", "num_single_layers"),
+    timestep=Timestep("timesteps"),
+)
+
+_HIDDEN_SIZE = named_width("hidden_size")
+# Rotary rows are (image's, text's), each (cos, sin); the text's are there for some checkpoints only.
+JOY_IMAGE_EDIT = FamilySpec(
+    name="joyimage-edit",
+    denoiser="JoyImageEditTransformer3DModel",
+    groups=(
+        Group(
+            "double_blocks",
+            text="encoder_hidden_states",
+            returns=1,
+            sides=(Side("image_rotary_emb", dim=0, select=1, each=True),),
+        ),
+    ),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_layers"),
+)
+JOY_IMAGE_EDIT_PLUS = FamilySpec(
+    name="joyimage-edit-plus",
+    denoiser="JoyImageEditPlusTransformer3DModel",
+    groups=(Group("double_blocks", text="encoder_hidden_states", returns=1, sides=(_MASK_BEHIND_IMAGE,)),),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_layers"),
+)
