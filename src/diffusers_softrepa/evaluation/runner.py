@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 from .gallery import Gallery, Picture
@@ -73,7 +73,7 @@ def evaluate(
     _check(seeds, batch_size, arguments)
     settings, chosen = settings_of(pipe, adapters), as_metrics(metrics, references)
     gallery = Gallery(output_dir, settings, load_prompts(prompts), list(seeds))
-    state = PartialState()
+    state = _processes()
     if state.is_main_process:
         gallery.settle(pipe, arguments)
     state.wait_for_everyone()
@@ -97,6 +97,11 @@ def _check(seeds: Sequence[int], batch_size: int, arguments: Mapping[str, Any]) 
         raise ValueError(f"seeds must be a list of different numbers such as [0, 1, 2], but is {seeds!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+
+
+def _processes() -> PartialState:
+    """Returns the processes that share the work; without an accelerator those that talk through gloo."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 # Drawing.

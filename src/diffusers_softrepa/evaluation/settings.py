@@ -80,7 +80,7 @@ def left_as_found(pipe: Any) -> Iterator[None]:
     state = (adapters.weights, adapters.enabled) if adapters is not None else None
     modules = [module for part in pipe.components.values() if isinstance(part, nn.Module) for module in part.modules()]
     modes = [module.training for module in modules]
-    progress = vars(pipe).get("_progress_bar_config")
+    progress = getattr(pipe, "_progress_bar_config", {})
     try:
         for module in modules:
             module.training = False
@@ -89,10 +89,7 @@ def left_as_found(pipe: Any) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-        if progress is None:
-            vars(pipe).pop("_progress_bar_config", None)
-        else:
-            pipe.set_progress_bar_config(**progress)
+        pipe.set_progress_bar_config(**progress)
         if adapters is not None and state is not None:
             adapters.activate(list(state[0]), list(state[0].values()))
             adapters.set_enabled(state[1])
