@@ -287,6 +287,19 @@ def test_images_are_encoded_to_a_sample_or_the_mode_of_the_posterior(entry: Entr
     assert torch.equal(first, mode) == torch.equal(first, other) == deterministic
 
 
+@every_entry
+def test_latents_are_decoded_and_steps_are_scheduled_as_in_sampling(entry: Entry):
+    pipe = entry.make()
+    family = conditioner(entry, pipe)
+    with steps_of(pipe.scheduler) as steps:
+        images = entry.generate(pipe, CAPTIONS, steps=3, output_type="pt", **entry.unguided)
+    shown = (family.decode_latents(unpacked(entry, steps[-1][2])) / 2 + 0.5).clamp(0, 1)
+    assert_close(shown, images)
+    sampled = pipe.scheduler.timesteps
+    pipe.scheduler.set_timesteps(**family.schedule(3, *entry.size))
+    assert_close(pipe.scheduler.timesteps, sampled)
+
+
 def test_flux2_latents_are_those_of_its_own_image_encoder():
     pipe = ZOO["flux2"].make()
     pixels = 2 * torch.rand(2, 3, 16, 24) - 1
@@ -386,6 +399,23 @@ def test_sana_reads_timesteps_on_the_scale_of_its_config():
     with calls_of(family.denoiser) as calls:
         family.predict(random_latents(entry), torch.tensor([10.0, 500.0]), family.encode_captions(CAPTIONS))
     assert calls[0]["call.timestep"].tolist() == [5.0, 250.0]
+
+
+@every_entry
+def test_a_guidance_scale_makes_sampling_ask_twice(entry: Entry):
+    pipe = entry.make()
+    family = conditioner(entry, pipe)
+    asked = []
+    for settings in (family.sampling(), family.sampling(1.0), family.sampling(3.0)):
+        with calls_of(family.denoiser) as calls:
+            entry.generate(pipe, "a red cat", **entry.extra | settings)
+        rows = [
+            call.get("call.encoder_hidden_states", call.get("call.timestep", call.get("call.t"))) for call in calls
+        ]
+        asked.append(sum(len(row) for row in rows))
+    assert family.sampling(3.0).keys() >= family.sampling().keys()
+    assert asked[2] == (2 if entry.name == "flux2" else 4)  # in two steps; FLUX.2 dev is told the scale instead
+    assert asked[1] == (4 if entry.name == "zimage" else 2)  # whose scale counts from 0
 
 
 # Precision and what may be missing.

@@ -97,6 +97,8 @@ class ContrastiveFlowMatchingTrainer:
         tracker = None if args.report_to == "none" else args.report_to
         self.accelerator = Accelerator(log_with=tracker, project_dir=args.output_dir)
         self.conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
+        if args.gradient_checkpointing:
+            self.conditioner.check_checkpointing()
         self.objective = args.make_objective(self.conditioner.noising.prediction)
         self.framing = make_framing(args, self.conditioner)
         self._train_examples = self._open(train_dataset)
@@ -477,7 +479,7 @@ class ContrastiveFlowMatchingTrainer:
                 prompts,
                 seed=self.args.validation_seed,
                 num_inference_steps=self.args.num_validation_inference_steps,
-                guidance_scale=self.args.validation_guidance_scale,
+                settings=self.conditioner.sampling(self.args.validation_guidance_scale),
                 size=self.framing.sizes[len(self.framing.sizes) // 2],
             )
         grid = side_by_side_grid(pictures, prompts)

@@ -1,7 +1,7 @@
 """What a run is judged by: pictures with and without the tokens, and held-out pairs told apart."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,30 @@ def draw_side_by_side(
     *,
     seed: int,
     num_inference_steps: int,
-    guidance_scale: float | None,
+    settings: Mapping[str, Any],
     size: tuple[int, int],
 ) -> list[tuple[Image.Image, Image.Image]]:
     """Draws each prompt without and with the active adapters, from the same noise, at `size` (height, width).
 
+    Args:
+        pipeline: What draws.
+        prompts: At least one.
+        seed: Of the noise.
+        num_inference_steps: Of each picture.
+        settings: Further arguments of the pipeline's call: `Conditioner.sampling`.
+        size: Of each picture.
+
     Returns:
         (base, adapter) of each prompt.
     """
-    settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "height": size[0], "width": size[1]}
-    if guidance_scale is not None:
-        settings["guidance_scale"] = guidance_scale
-
+    settings = {"num_inference_steps": num_inference_steps, "height": size[0], "width": size[1], **settings}
     denoiser: Any = denoiser_of(pipeline)
     mixed = denoiser.dtype != pipeline.vae.dtype  # pipelines sample in one precision
 
     def draw(prompt: str) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
         with torch.autocast(denoiser.device.type, denoiser.dtype) if mixed else nullcontext():
-            return pipeline(prompt, generator=generator, **settings).images[0]
+            return pipeline(prompt=prompt, generator=generator, **settings).images[0]
 
     progress = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)

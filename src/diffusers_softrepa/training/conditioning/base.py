@@ -37,6 +37,7 @@ class Conditioner(ABC):
         family: Name of the denoiser's `FamilySpec`.
         pipelines: Names of the pipeline classes it can call; their subclasses count.
         text_components: What `encode_captions` needs of the pipeline; among it `text_encoder`.
+        checkpoints_exactly: Whether its denoiser predicts the same under gradient checkpointing.
         sigmas_from_one: Whether it samples at noise levels 1, 1 - 1/n, ..., 1/n, before they are shifted, and not at
             its scheduler's own.
         pipeline: The pipeline.
@@ -46,6 +47,7 @@ class Conditioner(ABC):
     family: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     text_components: ClassVar[tuple[str, ...]]
+    checkpoints_exactly: ClassVar[bool] = True
     sigmas_from_one: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
@@ -194,10 +196,12 @@ class Conditioner(ABC):
             The prediction of `noising.target`, (n, C, h, w) float32.
 
         Raises:
-            ValueError: The shapes do not fit the denoiser or each other.
+            ValueError: The shapes do not fit the denoiser or each other, or it checkpoints and must not.
         """
         self._check_call(noisy_latents, timestep, conditions)
         denoiser: Any = self.denoiser
+        if not self.checkpoints_exactly and torch.is_grad_enabled() and denoiser.is_gradient_checkpointing:
+            self.check_checkpointing()
         device, dtype = noisy_latents.device, denoiser.dtype
         clock = family_of(denoiser).timestep_of(denoiser.config)
         cast = {
@@ -210,9 +214,23 @@ class Conditioner(ABC):
             own_timestep = clock.of_level(own_timestep.float())
         return self._denoise(noisy_latents.to(dtype), own_timestep, cast).float()
 
-    def guidance(self, scale: float) -> dict[str, Any]:
-        """Returns the arguments of the pipeline's call that sample with a guidance scale."""
-        return {"guidance_scale": scale}
+    def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
+        """Returns the arguments of the pipeline's call that guide, and that keep pictures at the size asked for.
+
+        Args:
+            guidance_scale: None for the pipeline's own.
+        """
+        return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+    def check_checkpointing(self) -> None:
+        """Raises ValueError if gradient checkpointing changes what the denoiser predicts."""
+        if not self.checkpoints_exactly:
+            name = type(self.denoiser).__name__
+            raise ValueError(
+                f"gradient checkpointing must not change predictions, but that of {name} leaves out the text mask in "
+                "some of its blocks, where sampling has it; train without gradient_checkpointing, with a smaller "
+                "pair_chunk_size if memory runs out"
+            )
 
     @abstractmethod
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:

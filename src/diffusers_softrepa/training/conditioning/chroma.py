@@ -1,6 +1,7 @@
 """Chroma: up to 512 T5 tokens with a mask that keeps one padding token, latents packed 2 x 2 into rows.
 
-The timestep is 0..1. The mask covers text and image, and is passed as the numbers 0 and 1, as in sampling.
+The timestep is 0..1. The mask covers text and image, and is passed as the numbers 0 and 1, as in sampling. Under
+gradient checkpointing the denoiser's single blocks do not get it, so there it cannot be trained.
 """
 
 from typing import Any
@@ -24,6 +25,7 @@ class ChromaConditioner(Conditioner):
     family = "chroma"
     pipelines = ("ChromaPipeline",)
     text_components = ("tokenizer", "text_encoder")
+    checkpoints_exactly = False
     sigmas_from_one = True
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512) -> None:

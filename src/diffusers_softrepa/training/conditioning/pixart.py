@@ -37,6 +37,9 @@ class _PixArtConditioner(Conditioner, ABC):
     def latent_multiple(self) -> int:
         return self.pipeline.transformer.config.patch_size
 
+    def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
+        return super().sampling(guidance_scale) | {"use_resolution_binning": False}
+
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         prompt_embeds, prompt_mask, *_ = self.pipeline.encode_prompt(
             captions,

@@ -45,8 +45,8 @@ class QwenImageConditioner(Conditioner):
     def _vae_channels(self) -> int:
         return self.pipeline.vae.config.z_dim
 
-    def guidance(self, scale: float) -> dict[str, Any]:
-        return {"true_cfg_scale": scale, "negative_prompt": " "}
+    def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
+        return {} if guidance_scale is None else {"true_cfg_scale": guidance_scale, "negative_prompt": " "}
 
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         length = min(self.max_sequence_length, self.pipeline.tokenizer_max_length)

@@ -44,6 +44,9 @@ class SanaConditioner(Conditioner):
     def latent_multiple(self) -> int:
         return self.pipeline.transformer.config.patch_size
 
+    def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
+        return super().sampling(guidance_scale) | {"use_resolution_binning": False}
+
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         settings = inspect.signature(type(self.pipeline).__call__).parameters
         prompt_embeds, prompt_mask, *_ = self.pipeline.encode_prompt(
