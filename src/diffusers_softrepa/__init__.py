@@ -37,10 +37,12 @@ __all__ = [
     "delete_softrepa",
     "disable_softrepa",
     "enable_softrepa",
+    "evaluate",
     "family_of",
     "flow_edit",
     "get_softrepa_adapters",
     "invert",
+    "load_prompts",
     "load_softrepa",
     "regenerate",
     "register_family",
@@ -55,7 +57,7 @@ integration.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Trainer and editing are imported when they are asked for: using adapters needs nothing that only they need."""
+    """Trainer, editing and evaluation are imported when asked for: adapters need nothing that only those need."""
     if name in ("flow_edit", "invert", "regenerate"):
         from . import editing
 
@@ -64,4 +66,8 @@ def __getattr__(name: str) -> Any:
         from . import training
 
         return getattr(training, name)
+    if name in ("evaluate", "load_prompts"):
+        from . import evaluation
+
+        return getattr(evaluation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
