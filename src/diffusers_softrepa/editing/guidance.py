@@ -101,7 +101,7 @@ def guided(
     conditions = _rows(conditioner.encode_captions(prompts), batch)
     if guidance_scale == 1 or is_distilled(conditioner):
         return Guided(conditioner, conditions, None, adapted)
-    negative = _rows(_negative_conditions(conditioner, negative_prompts, guidance_scale), batch)
+    negative = _rows(conditioner.encode_negative_prompts(negative_prompts), batch)
     return Guided(conditioner, concatenate([negative, conditions]), guidance_scale, adapted)
 
 
@@ -134,15 +134,6 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
         yield
     finally:
         adapters.set_enabled(True)
-
-
-def _negative_conditions(conditioner: Conditioner, prompts: Sequence[str] | None, scale: float) -> Conditions:
-    if prompts is not None:
-        return conditioner.encode_captions(prompts)
-    unguided = conditioner.encode_captions([conditioner.guidance(scale).get("negative_prompt", "")])
-    if not conditioner.pipeline.config.get("force_zeros_for_empty_prompt"):
-        return unguided
-    return {name: torch.zeros_like(value) for name, value in unguided.items()}  # SDXL
 
 
 def _rows(conditions: Conditions, batch: int) -> Conditions:

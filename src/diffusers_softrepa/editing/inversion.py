@@ -112,6 +112,8 @@ def regenerate(
     steps_to_run(num_inference_steps, 1.0)
     check_output_type(output_type)
     conditioner = conditioner_for(pipe, guidance_scale, max_sequence_length)
+    if latents.ndim != 4:
+        raise ValueError(f"latents must be (n, C, h, w) as of invert, but are of shape {tuple(latents.shape)}")
     height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
     steps = sampling_steps(conditioner, num_inference_steps, height, width)
     predict = _under(conditioner, prompt, negative_prompt, guidance_scale, images=len(latents))

@@ -129,6 +129,18 @@ class Conditioner(ABC):
         return self._encode(list(captions), get_module_execution_device(self.pipeline.text_encoder))
 
     @torch.no_grad()
+    def encode_negative_prompts(self, prompts: Sequence[str] | None = None) -> Conditions:
+        """Encodes negative prompts as sampling does.
+
+        Args:
+            prompts: At least one; None for what sampling takes when it is given none, one row.
+
+        Returns:
+            As `encode_captions`; rows of both fit together.
+        """
+        return self.encode_captions([""] if prompts is None else prompts)
+
+    @torch.no_grad()
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encodes images to the latents that the denoiser learned on.
 

@@ -5,6 +5,7 @@ rows of different captions fit together, and cut to the longest of a call, so th
 sampling.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ class QwenImageConditioner(Conditioner):
 
     def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
         return {} if guidance_scale is None else {"true_cfg_scale": guidance_scale, "negative_prompt": " "}
+
+    def encode_negative_prompts(self, prompts: Sequence[str] | None = None) -> Conditions:
+        return self.encode_captions([" "] if prompts is None else prompts)
 
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         length = min(self.max_sequence_length, self.pipeline.tokenizer_max_length)

@@ -5,6 +5,7 @@ deterministic: it makes no posterior to draw from.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,19 @@ class SanaConditioner(Conditioner):
 
     def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
         return super().sampling(guidance_scale) | {"use_resolution_binning": False}
+
+    def encode_negative_prompts(self, prompts: Sequence[str] | None = None) -> Conditions:
+        """Without the instruction, which belongs to prompts alone."""
+        prompts = [""] if prompts is None else list(prompts)
+        self._check_present(self.text_components, "encoding prompts")
+        with torch.no_grad():
+            *_, prompt_embeds, prompt_mask = self.pipeline.encode_prompt(
+                prompts,
+                negative_prompt=prompts,
+                device=get_module_execution_device(self.pipeline.text_encoder),
+                max_sequence_length=self.max_sequence_length,
+            )
+        return {"prompt_embeds": prompt_embeds, "prompt_mask": prompt_mask}
 
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         settings = inspect.signature(type(self.pipeline).__call__).parameters

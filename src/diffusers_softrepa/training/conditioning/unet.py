@@ -5,6 +5,7 @@ pixels. Training images are taken for whole ones, as in sampling: both sizes (H,
 """
 
 from abc import ABC
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ class StableDiffusionXLConditioner(_UNetConditioner):
             captions, device=device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def encode_negative_prompts(self, prompts: Sequence[str] | None = None) -> Conditions:
+        encoded = super().encode_negative_prompts(prompts)
+        if prompts is not None or not self.pipeline.config.force_zeros_for_empty_prompt:
+            return encoded
+        return {name: torch.zeros_like(value) for name, value in encoded.items()}
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         pooled = conditions["pooled_prompt_embeds"]
