@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +43,16 @@ from .optimization import MovingAverage, Schedule, make_optimizer
 from .preparation import choose_adapter, halve_vae, make_framing, prepared
 from .report import Data, data_name, push_report, write_report
 from .stopping import StopRequest
-from .validation import draw_side_by_side, save_picture, side_by_side_grid, summary, tell_apart, warn_if_saturated
+from .validation import (
+    draw_side_by_side,
+    image_metrics,
+    save_picture,
+    score_side_by_side,
+    side_by_side_grid,
+    summary,
+    tell_apart,
+    warn_if_saturated,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +87,7 @@ class ContrastiveFlowMatchingTrainer:
             gradients (`add_softrepa`, or `load_softrepa(..., is_trainable=True)`) is trained on where neither this
             nor a name is given.
         adapter_name: The adapter to train, or the name of the new one.
+        validation_metrics: Metrics of single pictures that score the validation pictures, as `evaluate` takes them.
 
     Raises:
         ValueError: The data, the settings and the pipeline do not fit together; nothing has been trained by then.
@@ -92,8 +102,10 @@ class ContrastiveFlowMatchingTrainer:
         *,
         adapter_config: SoftREPAConfig | None = None,
         adapter_name: str | None = None,
+        validation_metrics: Sequence[Any] = (),
     ) -> None:
         self.pipeline, self.args = pipeline, args
+        self._validation_metrics = image_metrics(validation_metrics)
         tracker = None if args.report_to == "none" else args.report_to
         self.accelerator = Accelerator(log_with=tracker, project_dir=args.output_dir)
         self.conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
@@ -485,6 +497,9 @@ class ContrastiveFlowMatchingTrainer:
         grid = side_by_side_grid(pictures, prompts)
         save_picture(grid, Path(self.args.output_dir) / "validation" / f"step-{self.step:06d}.png")
         self.journal.show(self.step, "validation", grid)
+        figures = score_side_by_side(self._validation_metrics, pictures, prompts, self.accelerator.device)
+        if figures:
+            self.journal.write(self.step, figures)
 
 
 _SHOWN = ("loss", "top1", "pairs_per_second")

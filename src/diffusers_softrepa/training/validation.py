@@ -10,6 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..evaluation.metrics import ImageMetric, as_metrics
+from ..evaluation.metrics.metric import named_scores
+from ..evaluation.prompts import load_prompts
 from ..objectives import Contrastive, Objective
 from ..pairs import mean_by_noise_level, pair_diagnostics
 from ..pipeline import denoiser_of, disable_softrepa, enable_softrepa
@@ -65,6 +68,42 @@ def draw_side_by_side(
     finally:
         pipeline.set_progress_bar_config(**progress)
     return list(zip(without, with_tokens, strict=True))
+
+
+def image_metrics(given: Sequence[Any]) -> list[ImageMetric]:
+    """Returns metrics of single pictures: as given, by name, or around functions of pictures and prompts.
+
+    Raises:
+        ValueError: One is a distance between sets, which a few validation pictures have no use for.
+    """
+    metrics = as_metrics(given)
+    wrong = [metric.name for metric in metrics if not isinstance(metric, ImageMetric)]
+    if wrong:
+        raise ValueError(f"validation pictures are scored one by one, but {wrong} compare whole sets; leave them out")
+    return [metric for metric in metrics if isinstance(metric, ImageMetric)]
+
+
+def score_side_by_side(
+    metrics: Sequence[ImageMetric],
+    pictures: Sequence[tuple[Image.Image, Image.Image]],
+    prompts: Sequence[str],
+    device: torch.device,
+) -> dict[str, float]:
+    """Returns mean scores: `validation/NAME` with the adapter and `validation/NAME/base` without.
+
+    What a metric loads is let go of before training goes on.
+    """
+    asked = load_prompts(prompts) if metrics else []
+    found: dict[str, float] = {}
+    for metric in metrics:
+        metric.setup(device)
+        try:
+            for side, suffix in ((1, ""), (0, "/base")):
+                scores = named_scores(metric, [pair[side] for pair in pictures], asked)
+                found |= {f"validation/{name}{suffix}": value.nanmean().item() for name, value in scores.items()}
+        finally:
+            metric.close()
+    return found
 
 
 def side_by_side_grid(pictures: Sequence[tuple[Image.Image, Image.Image]], prompts: Sequence[str]) -> Image.Image:
