@@ -69,11 +69,11 @@ class Adapters:
         self._adapters[name] = adapter
         self.activate([name], [1.0])
 
-    def swap(self, name: str, config: SoftREPAConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Copies other tokens of the same shapes into an adapter, without touching what is compiled.
+    def check_swap(self, name: str, config: SoftREPAConfig) -> None:
+        """Checks that `swap` can take an adapter.
 
         Raises:
-            ValueError: There is no such adapter, or the shapes or the stages differ.
+            ValueError: There is no adapter of the name, or the shapes or the stages differ.
         """
         old = self[name]
         if old.config.shapes != config.shapes or old.config.stages != config.stages:
@@ -81,6 +81,15 @@ class Adapters:
                 f"a hotswap needs equal shapes and stages: {name!r} has {old.config.shapes}, stages "
                 f"{old.config.stages}, the new one {config.shapes}, stages {config.stages}; load it under a new name"
             )
+
+    def swap(self, name: str, config: SoftREPAConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Copies other tokens of the same shapes into an adapter, without touching what is compiled.
+
+        Raises:
+            ValueError: There is no such adapter, or the shapes or the stages differ.
+        """
+        self.check_swap(name, config)
+        old = self[name]
         with torch.no_grad():
             for key, parameter in old.tokens.named_parameters():
                 parameter.copy_(tensors[key])

@@ -76,6 +76,20 @@ def fetch(repo_id: str, filename: str, options: HubOptions) -> Path:
     return Path(path)
 
 
+def is_absent(source: str | os.PathLike[str], options: HubOptions) -> bool:
+    """Whether a folder or a repository that can be read has no such subfolder with an adapter."""
+    if Path(source).is_dir():
+        return not (Path(source) / (options.subfolder or "")).is_dir()
+    try:
+        fetch(os.fspath(source), options.weight_name or "adapter_model.safetensors", options)
+    except OSError as error:
+        absent = isinstance(error.__cause__, EntryNotFoundError)
+        if not absent or isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        return True
+    return False
+
+
 def _sentence(error: Exception, repo_id: str, filename: str, options: HubOptions) -> str:
     """Returns what happened and what to do about it."""
     name = f"{options.subfolder}/{filename}" if options.subfolder else filename

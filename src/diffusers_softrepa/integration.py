@@ -19,6 +19,7 @@ from torch import nn
 
 from . import pipeline
 from .adapter import adapters_of
+from .denoisers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _warning_of_adapters(save_pretrained: Callable[..., Any]) -> Callable[..., A
 
 def _hosts(pipe: Any) -> dict[str, nn.Module]:
     """Returns the components of a pipeline that have adapters, behind `torch.compile` if need be."""
-    modules = {name: pipeline._unwrapped(part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
+    modules = {name: unwrapped(part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
     return {name: module for name, module in modules.items() if adapters_of(module) is not None}
 
 

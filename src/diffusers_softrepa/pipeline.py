@@ -3,6 +3,9 @@
 Each verb is a function whose first argument is the target, and the same verb is a method of every diffusers pipeline
 and model once `diffusers_softrepa` is imported. An adapter belongs to the denoiser, never to the pipeline, so
 pipelines that share a denoiser share it.
+
+A pipeline with several denoisers (Wan 2.2, Ideogram 4) has one adapter for each under one name: a verb on the pipeline
+is the verb on each of them, and in a folder each adapter lies in a subfolder of its component's name.
 """
 
 import logging
@@ -16,40 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapters, adapters_of, attach, detach, make_adapter
-from .checkpoint import load_checkpoint, save_checkpoint
+from .adapter import Adapter, Adapters, adapters_of, attach, detach, make_adapter
+from .card import model_card
+from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
-from .families import is_supported, supported_denoisers
-from .hub import HubOptions, push_folder
+from .denoisers import denoiser_of as denoiser_of
+from .denoisers import denoisers_of
+from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, is_absent, push_folder
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "softrepa"
-
-
-def denoiser_of(target: Any) -> nn.Module:
-    """Returns the denoiser of a pipeline, or `target` itself when it is one; compiled modules are unwrapped.
-
-    Raises:
-        ValueError: There is none that takes soft tokens, or more than one.
-    """
-    if isinstance(target, nn.Module):
-        components = {type(target).__name__: target}
-    else:
-        components = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
-    modules = {name: _unwrapped(part) for name, part in components.items()}
-    found = {name: module for name, module in modules.items() if is_supported(module)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    seen = ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items())
-    if found:
-        raise ValueError(
-            f"{type(target).__name__} has several denoisers, {sorted(found)}; give one of them instead of the pipeline"
-        )
-    raise ValueError(
-        f"no component of {type(target).__name__} takes soft tokens: it has {seen or 'no models'}; supported "
-        f"denoisers are {', '.join(supported_denoisers())}; describe another one with register_family"
-    )
 
 
 def load_softrepa(
@@ -74,7 +54,9 @@ def load_softrepa(
 
     Args:
         target: A pipeline or a denoiser.
-        source: A Hub repository id, a folder, a safetensors file, or a state dict.
+        source: A Hub repository id, a folder, a safetensors file, or a state dict. For several denoisers: a
+            repository or folder with a subfolder for each component, or a dict of state dicts by component; those
+            that are not there get none.
         config: Needed with a state dict; elsewhere it replaces the stored one.
         adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
         hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
@@ -103,17 +85,20 @@ def load_softrepa(
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:
         raise ValueError("huggingface_hub takes no proxies argument any more; set the HTTPS_PROXY variable instead")
-    denoiser = denoiser_of(target)
-    adapters = adapters_of(denoiser)
-    name = _free_name(adapters, adapter_name, taken_is_fine=hotswap)
+    hosts = denoisers_of(target)
+    name = _free_name(_names(hosts), adapter_name, taken_is_fine=hotswap)
     options = HubOptions(weight_name, subfolder, revision, token, bool(local_files_only), cache_dir, force_download)
-    config, tensors = load_checkpoint(source, config, options)
-    adapter = make_adapter(denoiser, config, tensors=tensors, trainable=is_trainable)
-    _warn_of_other_base(target, config)
+    parts = _parts(target, hosts, source, options)
+    loaded = {}
+    for component, (part, part_options) in parts.items():
+        own_config, tensors = load_checkpoint(part, config, part_options)
+        loaded[component] = make_adapter(hosts[component], own_config, tensors=tensors, trainable=is_trainable)
+        _warn_of_other_base(target, own_config)
     if hotswap:
-        _loaded(denoiser).swap(name, config, tensors)
-    else:
-        attach(denoiser, name, adapter)
+        for component, adapter in loaded.items():
+            _loaded(hosts[component]).check_swap(name, adapter.config)
+    for component, adapter in loaded.items():
+        _put(hosts[component], name, adapter, hotswap=hotswap)
     return name
 
 
@@ -140,13 +125,18 @@ def add_softrepa(
     Raises:
         ValueError: The config does not fit the denoiser, or the name is taken.
     """
-    denoiser = denoiser_of(target)
-    name = _free_name(adapters_of(denoiser), adapter_name)
-    config = config or SoftREPAConfig.for_denoiser(denoiser)
-    if config.base_model_name_or_path is None:
-        config = replace(config, base_model_name_or_path=_base_name(target))
-    adapter = make_adapter(denoiser, config, text_embeddings=text_embeddings, generator=generator, trainable=True)
-    attach(denoiser, name, adapter)
+    hosts = denoisers_of(target)
+    name = _free_name(_names(hosts), adapter_name)
+    fresh = {}
+    for component, denoiser in hosts.items():
+        own = config or SoftREPAConfig.for_denoiser(denoiser)
+        if own.base_model_name_or_path is None:
+            own = replace(own, base_model_name_or_path=_base_name(target))
+        fresh[component] = make_adapter(
+            denoiser, own, text_embeddings=text_embeddings, generator=generator, trainable=True
+        )
+    for component, adapter in fresh.items():
+        attach(hosts[component], name, adapter)
     return name
 
 
@@ -188,12 +178,23 @@ def save_softrepa(
         ValueError: There is no such adapter, or it cannot be told which one is meant.
         OSError: The files cannot be written, or the Hub refused.
     """
-    adapters = _loaded(denoiser_of(target))
-    name = adapter_name or _only_name(adapters)
-    adapter = adapters[name]
+    hosts = denoisers_of(target)
+    name = adapter_name or _only_name(target)
+    chosen = {component: adapters[name] for component, adapters in _having(target, [name]).items()}
     if not is_main_process:
         return None
-    files = save_checkpoint(save_directory, adapter.config, dict(adapter.tokens.state_dict()), weight_name=weight_name)
+    files = []
+    for component, adapter in chosen.items():
+        tensors = dict(adapter.tokens.state_dict())
+        if len(hosts) == 1:
+            files = save_checkpoint(save_directory, adapter.config, tensors, weight_name=weight_name)
+        else:
+            made = save_checkpoint(Path(save_directory) / component, adapter.config, tensors, weight_name=weight_name)
+            files += [f"{component}/{file}" for file in made if file != CARD_NAME]
+    if len(hosts) > 1:
+        config = next(iter(chosen.values())).config
+        write_card(Path(save_directory), str(model_card(config, UNKNOWN_REPO, weight_name=weight_name)))
+        files.append(CARD_NAME)
     if not push_to_hub:
         return None
     directory = Path(save_directory)
@@ -227,17 +228,24 @@ def set_softrepa(target: Any, names: str | Sequence[str], weights: float | Seque
     """
     chosen = [names] if isinstance(names, str) else list(names)
     each = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights)
-    _loaded(denoiser_of(target)).activate(chosen, each)
+    for adapters in _having(target, chosen).values():
+        if set(chosen) <= set(adapters.names):
+            adapters.activate(chosen, each)
+        else:
+            shares = [pair for pair in zip(chosen, each, strict=True) if pair[0] in adapters.names]
+            adapters.activate([name for name, _ in shares], [weight for _, weight in shares])
 
 
 def enable_softrepa(target: Any) -> None:
     """Switches the active adapters on again after `disable_softrepa`."""
-    _loaded(denoiser_of(target)).set_enabled(True)
+    for adapters in _having(target).values():
+        adapters.set_enabled(True)
 
 
 def disable_softrepa(target: Any) -> None:
     """Switches all adapters off; pictures are the base model's, bit for bit, until `enable_softrepa`."""
-    _loaded(denoiser_of(target)).set_enabled(False)
+    for adapters in _having(target).values():
+        adapters.set_enabled(False)
 
 
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
@@ -246,34 +254,96 @@ def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
     Raises:
         ValueError: A name is unknown.
     """
-    denoiser = denoiser_of(target)
-    _loaded(denoiser)
-    detach(denoiser, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    hosts = denoisers_of(target)
+    for component, adapters in _having(target, names).items():
+        detach(hosts[component], [name for name in names if name in adapters.names])
 
 
 def unload_softrepa(target: Any) -> None:
     """Removes all adapters and leaves the denoiser exactly as it was before the first one."""
-    detach(denoiser_of(target))
+    for denoiser in denoisers_of(target).values():
+        detach(denoiser)
 
 
 def get_softrepa_adapters(target: Any) -> dict[str, float | None]:
-    """Returns the loaded adapters: weight by name, None for those that are not active now."""
-    adapters = adapters_of(denoiser_of(target))
-    if adapters is None:
-        return {}
-    active = adapters.weights if adapters.enabled else {}
-    return {name: active.get(name) for name in adapters.names}
+    """Returns the loaded adapters: weight by name, None for those that are not active now.
+
+    Of a name that several denoisers of a pipeline have, the weight is that on the first.
+    """
+    weights: dict[str, float | None] = {}
+    for denoiser in denoisers_of(target).values():
+        adapters = adapters_of(denoiser)
+        if adapters is not None:
+            active = adapters.weights if adapters.enabled else {}
+            weights = {name: active.get(name) for name in adapters.names} | weights
+    return weights
 
 
 def softrepa_parameters(target: Any, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
-    """Returns the parameters of one adapter by name, for an optimizer: `tokens` and, with bins, `timestep_tokens`."""
-    adapters = _loaded(denoiser_of(target))
-    return dict(adapters[adapter_name or _only_name(adapters)].tokens.named_parameters())
+    """Returns the parameters of one adapter by name, for an optimizer: `tokens` and, with bins, `timestep_tokens`.
+
+    For a pipeline with several denoisers a component's name and a dot come before each.
+    """
+    several = len(denoisers_of(target)) > 1
+    name = adapter_name or _only_name(target)
+    return {
+        f"{component}.{key}" if several else key: parameter
+        for component, adapters in _having(target, [name]).items()
+        for key, parameter in adapters[name].tokens.named_parameters()
+    }
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module behind `torch.compile`."""
-    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+def _parts(
+    target: Any, hosts: Mapping[str, nn.Module], source: Any, options: HubOptions
+) -> dict[str, tuple[Any, HubOptions]]:
+    """Returns where the adapter of each component lies; of several components, those that have one there."""
+    if len(hosts) == 1:
+        return dict.fromkeys(hosts, (source, options))
+    if isinstance(source, Mapping):
+        parts = {component: (source[component], options) for component in hosts if component in source}
+    elif Path(source).is_file():
+        parts = {}
+    else:
+        folders = {name: "/".join(filter(None, [options.subfolder, name])) for name in hosts}
+        parts = {name: (source, replace(options, subfolder=folder)) for name, folder in folders.items()}
+        parts = {name: part for name, part in parts.items() if not is_absent(part[0], part[1])}
+    if not parts:
+        raise ValueError(
+            f"{type(target).__name__} has several denoisers, so an adapter needs a subfolder for each of "
+            f"{sorted(hosts)} (or some), but {'the state dict' if isinstance(source, Mapping) else source} has none; "
+            "load an adapter of one denoiser into that denoiser instead of the pipeline"
+        )
+    return parts
+
+
+def _put(denoiser: nn.Module, name: str, adapter: Adapter, *, hotswap: bool) -> None:
+    if hotswap:
+        _loaded(denoiser).swap(name, adapter.config, dict(adapter.tokens.state_dict()))
+    else:
+        attach(denoiser, name, adapter)
+
+
+def _having(target: Any, names: Sequence[str] = ()) -> dict[str, Adapters]:
+    """Returns the adapters of each denoiser that has all or, of a pipeline with several, some of `names`.
+
+    Raises:
+        ValueError: No denoiser has adapters, or none has one of the names.
+    """
+    hosts = denoisers_of(target)
+    loaded = {component: adapters_of(denoiser) for component, denoiser in hosts.items()}
+    having = {component: adapters for component, adapters in loaded.items() if adapters is not None}
+    if not having:
+        return {component: _loaded(denoiser) for component, denoiser in hosts.items()}  # raises
+    known = _names(hosts)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no soft-token adapter is named {unknown}; loaded are {known}")
+    return {
+        component: adapters
+        for component, adapters in having.items()
+        if not names or any(name in adapters.names for name in names)
+    }
 
 
 def _loaded(denoiser: nn.Module) -> Adapters:
@@ -285,15 +355,23 @@ def _loaded(denoiser: nn.Module) -> Adapters:
     return adapters
 
 
-def _only_name(adapters: Adapters) -> str:
-    candidates = adapters.names if len(adapters.names) == 1 else list(adapters.weights)
+def _names(hosts: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the names of the adapters of all denoisers."""
+    loaded = [adapters_of(denoiser) for denoiser in hosts.values()]
+    return list(dict.fromkeys(name for adapters in loaded if adapters is not None for name in adapters.names))
+
+
+def _only_name(target: Any) -> str:
+    having = _having(target).values()
+    names = list(dict.fromkeys(name for adapters in having for name in adapters.names))
+    active = list(dict.fromkeys(name for adapters in having for name in adapters.weights))
+    candidates = names if len(names) == 1 else active
     if len(candidates) != 1:
-        raise ValueError(f"adapter_name must say which adapter is meant: loaded are {adapters.names}")
+        raise ValueError(f"adapter_name must say which adapter is meant: loaded are {names}")
     return candidates[0]
 
 
-def _free_name(adapters: Adapters | None, name: str | None, *, taken_is_fine: bool = False) -> str:
-    taken = adapters.names if adapters is not None else []
+def _free_name(taken: Sequence[str], name: str | None, *, taken_is_fine: bool = False) -> str:
     if name is None:
         if taken_is_fine and len(taken) == 1:
             return taken[0]

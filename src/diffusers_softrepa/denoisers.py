@@ -1,0 +1,67 @@
+"""The denoisers of a pipeline, and the answer when it has none that takes soft tokens."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .families import is_supported, supported_denoisers
+
+
+def denoisers_of(target: Any) -> dict[str, nn.Module]:
+    """Returns the denoisers of a pipeline by component name, or `target` itself when it is one.
+
+    Compiled modules are unwrapped. A module that is two components counts as the first.
+
+    Raises:
+        ValueError: There is none that takes soft tokens.
+    """
+    if isinstance(target, nn.Module):
+        components = {type(target).__name__: target}
+    else:
+        components = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
+    modules = {name: unwrapped(part) for name, part in components.items()}
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if is_supported(module) and not any(module is other for other in found.values()):
+            found[name] = module
+    if found:
+        return found
+    seen = ", ".join(f"{name} ({type(module).__name__})" for name, module in modules.items())
+    candidates = "".join(f"; {name} has {blocks}" for name, module in modules.items() if (blocks := _blocks(module)))
+    raise ValueError(
+        f"no component of {type(target).__name__} takes soft tokens: it has {seen or 'no models'}; supported "
+        f"denoisers are {', '.join(supported_denoisers())}; describe another one with register_family, see "
+        f"docs/adding_a_family.md{candidates}"
+    )
+
+
+def denoiser_of(target: Any) -> nn.Module:
+    """Returns the one denoiser of a pipeline, or `target` itself when it is one.
+
+    Raises:
+        ValueError: There is none that takes soft tokens, or more than one.
+    """
+    found = denoisers_of(target)
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(target).__name__} has several denoisers, {sorted(found)}; give one of them instead of the pipeline"
+        )
+    return next(iter(found.values()))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the module behind `torch.compile`."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+def _blocks(module: nn.Module) -> str:
+    """Returns the lists of blocks of a module that may read text, with what their forward takes."""
+    found = []
+    for name, blocks in module.named_children():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > 0:
+            parameters = list(inspect.signature(type(blocks[0]).forward).parameters)[1:]
+            if len(parameters) > 1:
+                found.append(f"{name} of {type(blocks[0]).__name__}({', '.join(parameters)})")
+    return " and ".join(found)
