@@ -1,6 +1,6 @@
 """The authors' published files, read without running any pickle code, and rewritten as ours.
 
-    python -m diffusers_softrepa.convert SOURCE_FOLDER OUTPUT_FOLDER --family sd3
+    python -m diffusers_softrepa.convert FOLDER_OR_HUB_ID OUTPUT_FOLDER --family sd3
 
 The authors publish a folder per model with two pickles, both saved from a GPU:
 
@@ -12,7 +12,6 @@ They become `tokens` (L, K, D) and `timestep_tokens` (B, L, D), number by number
 Source: SoftREPA, arXiv 2503.08250, and its published SD3, SD1.5 and SDXL files.
 """
 
-import argparse
 import io
 import os
 import re
@@ -21,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
-from .checkpoint import checked_tensors, save_checkpoint
-from .config import SoftREPAConfig
-from .families.sd3 import SD3
-from .families.unet import UNET
+from ..checkpoint import checked_tensors
+from ..config import SoftREPAConfig
+from ..families.sd3 import SD3
+from ..families.unet import UNET
+from ..hub import HubOptions, fetch
 
 TOKENS_FILE = "dc_tokens.pth"
 TIMESTEP_TOKENS_FILE = "dc_t_tokens.pth"
@@ -39,24 +41,54 @@ class _Embedding:
     """A record that stands for torch's Embedding while its pickle is read, so that not even torch's code runs."""
 
 
-def read_reference(folder: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
-    """Reads the authors' folder.
+def read_reference(source: str | os.PathLike[str], options: HubOptions | None = None) -> tuple[Tensor, Tensor | None]:
+    """Reads the authors' files of one model.
+
+    Args:
+        source: A folder, or a Hub repository id.
+        options: Subfolder and, on the Hub, revision, token and cache; the files' names are the authors'.
 
     Returns:
-        The tokens and the table of timestep tokens as they are in the files, on the CPU; the table is None when the
-        folder has none.
+        The tokens and the table of timestep tokens as they are in the files, on the CPU; the table is None where
+        there is none.
 
     Raises:
         ValueError: A file is damaged, or holds anything but numbers: reading it would have to run its code.
-        OSError: There is no such folder or file.
+        OSError: There is no such folder, repository or file, or the Hub is out of reach.
     """
-    folder = Path(folder)
+    options = options or HubOptions()
+    folder = Path(source)
+    if not folder.is_dir() and not _may_be_repository(os.fspath(source)):
+        raise OSError(f"there is no folder {folder}; give the one that holds {TOKENS_FILE}, or a Hub repository id")
     if not folder.is_dir():
-        raise OSError(f"there is no folder {folder}; give the one that holds {TOKENS_FILE}")
+        tokens = _read_tensor(fetch(os.fspath(source), TOKENS_FILE, options))
+        table = _fetched_table(os.fspath(source), options)
+        return tokens, None if table is None else _read_tensor(table)
+    folder = folder / (options.subfolder or "")
     if not (folder / TOKENS_FILE).is_file():
         raise OSError(f"there is no {TOKENS_FILE} in {folder}; give the folder of one published model")
-    table = folder / TIMESTEP_TOKENS_FILE
-    return _read_tensor(folder / TOKENS_FILE), _read_tensor(table) if table.is_file() else None
+    path = folder / TIMESTEP_TOKENS_FILE
+    return _read_tensor(folder / TOKENS_FILE), _read_tensor(path) if path.is_file() else None
+
+
+def _may_be_repository(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def _fetched_table(repo_id: str, options: HubOptions) -> Path | None:
+    """Returns the file of timestep tokens of a Hub repository; None if it is known to have none."""
+    try:
+        return fetch(repo_id, TIMESTEP_TOKENS_FILE, options)
+    except OSError as error:
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        name = f"{options.subfolder}/{TIMESTEP_TOKENS_FILE}" if options.subfolder else TIMESTEP_TOKENS_FILE
+        cache = None if options.cache_dir is None else os.fspath(options.cache_dir)
+        cached = try_to_load_from_cache(repo_id, name, cache_dir=cache, revision=options.revision)
+        if cached is None or isinstance(cached, str):
+            raise
+        return None  # offline, and the cache remembers that the repository has no such file
 
 
 def convert_reference(
@@ -99,38 +131,6 @@ def convert_reference(
     )
     tensors = {name: tensor.detach().to("cpu", torch.float32).clone() for name, tensor in tensors.items()}
     return config, checked_tensors(tensors, config, "the published adapter")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: converts one folder and says what is in it."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    try:
-        config, tensors = convert_reference(
-            *read_reference(given.source), family=given.family, stages=given.stages, base_model=given.base_model
-        )
-        save_checkpoint(given.output, config, tensors)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    for name, tensor in tensors.items():
-        print(f"{name}: {tuple(tensor.shape)}, standard deviation {tensor.std().item():.4f}")
-    if config.num_timestep_bins is None:
-        print(f"{given.source} has no {TIMESTEP_TOKENS_FILE}: the adapter has no timestep bins")
-    print(f"{config.num_parameters:,} numbers written to {given.output}; load them with")
-    print(f'    pipe.load_softrepa("{given.output}")')
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_softrepa.convert",
-        description="Convert the SoftREPA authors' published .pth files into an adapter folder; no pickle code runs.",
-    )
-    parser.add_argument("source", help=f"folder with {TOKENS_FILE} and, with timestep bins, {TIMESTEP_TOKENS_FILE}")
-    parser.add_argument("output", help="folder to write the adapter into")
-    parser.add_argument("--family", required=True, choices=(SD3.name, UNET.name), help="unet is SD1.5 and SDXL")
-    parser.add_argument("--stages", nargs="+", choices=UNET.stages, help="UNets only: the stages that see the tokens")
-    parser.add_argument("--base-model", help="Hub id of the pipeline that the adapter was trained for")
-    return parser
 
 
 def _layered(tokens: Tensor, family: str) -> Tensor:
@@ -206,7 +206,3 @@ def _is_whole(tensor: Tensor) -> bool:
     """Whether each number is in the file once: a few bytes of strides could ask for any amount of memory."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
-if __name__ == "__main__":
-    main()

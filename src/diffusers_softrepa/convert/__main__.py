@@ -1,0 +1,5 @@
+"""`python -m diffusers_softrepa.convert`."""
+
+from .command import main
+
+main()

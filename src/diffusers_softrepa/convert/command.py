@@ -1,0 +1,93 @@
+"""The command line of the foreign formats.
+
+python -m diffusers_softrepa.convert FOLDER_OR_HUB_ID OUTPUT --family sd3
+python -m diffusers_softrepa.convert soft_tokens.safetensors OUTPUT --from anima
+python -m diffusers_softrepa.convert ADAPTER soft_tokens.safetensors --to anima
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..config import SoftREPAConfig
+from ..families.sd3 import SD3
+from ..families.unet import UNET
+from ..hub import HubOptions
+from .anima import export_anima, import_anima, read_anima, write_anima
+from .reference import TIMESTEP_TOKENS_FILE, TOKENS_FILE, convert_reference, read_reference
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Converts one adapter and says what is in it; a mistake is one sentence and exit status 2."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    given.source_format = given.source_format or ("adapter" if given.target_format == "anima" else "authors")
+    try:
+        config, tensors = _READERS[given.source_format](given)
+        if given.target_format == "anima":
+            write_anima(given.output, *export_anima(config, tensors))
+        else:
+            save_checkpoint(given.output, config, tensors)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for name, tensor in tensors.items():
+        print(f"{name}: {tuple(tensor.shape)}, standard deviation {tensor.std().item():.4f}")
+    if config.num_timestep_bins is None:
+        print(f"{given.source} has no timestep tokens: the adapter has no timestep bins")
+    print(f"{config.num_parameters:,} numbers written to {given.output}; {_next_step(given)}")
+
+
+def _next_step(given: argparse.Namespace) -> str:
+    if given.target_format == "anima":
+        return "put it into ComfyUI's models/loras"
+    return f'load them with\n    pipe.load_softrepa("{given.output}")'
+
+
+def _read_authors(given: argparse.Namespace) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
+    if given.family is None:
+        raise ValueError("the authors' files do not say what they are for; give --family sd3, or unet for SD1.5, SDXL")
+    tensors = read_reference(given.source, _options(given))
+    return convert_reference(*tensors, family=given.family, stages=given.stages, base_model=given.base_model)
+
+
+def _read_anima(given: argparse.Namespace) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
+    tensors, _ = read_anima(given.source)
+    return import_anima(tensors, num_blocks=given.blocks, base_model=given.base_model)
+
+
+def _read_adapter(given: argparse.Namespace) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
+    return load_checkpoint(given.source, options=_options(given))
+
+
+_Reader = Callable[[argparse.Namespace], tuple[SoftREPAConfig, dict[str, Tensor]]]
+_READERS: Mapping[str, _Reader] = {"authors": _read_authors, "anima": _read_anima, "adapter": _read_adapter}
+
+
+def _options(given: argparse.Namespace) -> HubOptions:
+    return HubOptions(subfolder=given.subfolder, revision=given.revision)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_softrepa.convert",
+        description="Convert soft tokens from and to the formats of others; no pickle code runs.",
+    )
+    parser.add_argument(
+        "source",
+        help=f"authors: a folder or Hub repository with {TOKENS_FILE} and, with timestep bins, "
+        f"{TIMESTEP_TOKENS_FILE}; anima: a safetensors file; adapter: a folder, a file or a Hub repository",
+    )
+    parser.add_argument("output", help="folder to write the adapter into; with --to anima the file to write")
+    parser.add_argument(
+        "--from", dest="source_format", choices=tuple(_READERS), help="default: authors; adapter with --to anima"
+    )
+    parser.add_argument("--to", dest="target_format", choices=("adapter", "anima"), default="adapter")
+    parser.add_argument("--family", choices=(SD3.name, UNET.name), help="authors only: unet is SD1.5 and SDXL")
+    parser.add_argument("--stages", nargs="+", choices=UNET.stages, help="UNets only: the stages that see the tokens")
+    parser.add_argument("--blocks", type=int, help="--from anima only: blocks of the denoiser, for the node's numbers")
+    parser.add_argument("--base-model", help="Hub id of the pipeline that the adapter was trained for")
+    parser.add_argument("--subfolder", help="folder inside the Hub repository or the folder")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    return parser
