@@ -1,8 +1,10 @@
 """Conditioners of the younger families: they call a pipeline's parts as sampling does, with its own sign and clock."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from torch.testing import assert_close
 
 from diffusers_softrepa.noising import Noising
 from diffusers_softrepa.pairs import pair_errors
+from diffusers_softrepa.training import conditioning
 from diffusers_softrepa.training.conditioning import Conditioner, concatenate, conditioner_of
 from zoo_pipelines import ZOO, Entry, sana_pipeline
 
@@ -511,3 +514,10 @@ def test_a_dpm_solver_noises_as_the_scheduler_that_trained_did():
     clean, noise, level = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
     expected = DDPMScheduler().add_noise(clean, noise, level)
     assert_close(Noising.from_scheduler(scheduler).noisy_latents(clean, noise, level), expected)
+
+
+def test_the_guide_lists_every_pipeline_that_can_be_trained():
+    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    table = guide[guide.index("| family | pipelines |") : guide.index("A fresh adapter has 4")]
+    trainable = {name for known in conditioning._CONDITIONERS for name in known.pipelines}
+    assert set(re.findall(r"`(\w+Pipeline)`", table)) == trainable

@@ -114,6 +114,14 @@ def test_captions_of_a_cache_train_as_fresh_ones_do(entry: Entry, tmp_path: Path
         assert_close(cached, conditions[0])
 
 
+def test_families_of_one_text_encoder_do_not_share_a_cache_of_text(tmp_path: Path):
+    settings = {"cache_text": True, "cache_dir": str(tmp_path)}
+    runs = [trainer(ZOO[name], tmp_path / name, **settings) for name in ("pixart-alpha", "pixart-sigma")]
+    encoders = [run.pipeline.text_encoder.state_dict() for run in runs]
+    assert_close(encoders[0], encoders[1], rtol=0, atol=0)
+    assert len({run._caches.text.folder for run in runs}) == 2
+
+
 def test_a_dry_run_measures_a_family_whose_text_is_ragged(tmp_path: Path):
     forecast = trainer(ZOO["zimage"], tmp_path, max_steps=1).forecast()
     assert forecast.steps == 1

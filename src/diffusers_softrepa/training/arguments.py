@@ -94,7 +94,9 @@ class ContrastiveFlowMatchingArguments:
     gradient_checkpointing: bool = _option(
         "Run the denoiser's blocks again in the backward pass to save memory.", False
     )
-    max_sequence_length: int | None = _option("Text length of T5; the published one unless given.")
+    max_sequence_length: int | None = _option(
+        "Text tokens per caption, where the family leaves a choice; the published number unless given."
+    )
 
     seed: int = _option("Of tokens, data order, noise and timesteps.", 0)
     logging_steps: int = _option("Steps between log entries.", 10)

@@ -92,10 +92,14 @@ class Caches:
 
         components = conditioner.pipeline.components
         encoders = [name for name in components if name.startswith("text_encoder")]
-        precision, length = args.mixed_precision, args.max_sequence_length
+        text = {
+            "conditioner": type(conditioner).__name__,
+            "precision": args.mixed_precision,
+            "max_sequence_length": args.max_sequence_length,
+        }
         return cls(
             latents=cache("latents", ["vae"], **framing.settings(args.seed)) if args.cache_latents else None,
-            text=cache("text", encoders, precision=precision, max_sequence_length=length) if args.cache_text else None,
+            text=cache("text", encoders, **text) if args.cache_text else None,
         )
 
     def fill(

@@ -12,6 +12,8 @@ from torch import Tensor
 from .base import Conditioner
 from .conditions import Conditions, padded, unpadded
 
+_PATCH = 2
+
 
 class ZImageConditioner(Conditioner):
     """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) bool.
@@ -35,7 +37,7 @@ class ZImageConditioner(Conditioner):
 
     @property
     def latent_multiple(self) -> int:
-        return self.pipeline.transformer.config.all_patch_size[0]
+        return _PATCH
 
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         texts, _ = self.pipeline.encode_prompt(
@@ -51,7 +53,6 @@ class ZImageConditioner(Conditioner):
             list(latents.unsqueeze(2).unbind()),  # n times (C, 1, h, w)
             timestep,
             unpadded(conditions["prompt_embeds"], conditions["prompt_mask"]),
-            patch_size=self.latent_multiple,
             return_dict=False,
         )[0]
         return -torch.stack(images).squeeze(2)
