@@ -1,9 +1,11 @@
 """Small random models of the real transformers classes for the metrics, saved as folders that metrics load."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -102,3 +104,79 @@ def llava(folder: Path) -> Path:
         chat_template=_CHAT,
     ).save_pretrained(folder)
     return folder
+
+
+class OpenClipTower(nn.Module):
+    """A transformer with open_clip's names."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(OpenClipBlock() for _ in range(layers))
+
+
+class OpenClipBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        width = WIDTH
+        hidden = 48
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, hidden), "c_proj": nn.Linear(hidden, width)})
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        normed = self.ln_1(x)
+        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class OpenClipVision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        width, patches = WIDTH, (SIDE // PATCH) ** 2
+        self.conv1 = nn.Conv2d(3, width, PATCH, PATCH, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = OpenClipTower(2)
+        self.proj = nn.Parameter(torch.randn(width, 16))
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches = self.conv1(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(image), 1, -1), patches], dim=1) + self.positional_embedding
+        x = self.ln_pre(x)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class OpenClip(nn.Module):
+    """CLIP with open_clip's names, in its order of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vocabulary = 2 * len(tiny.LETTERS) + 2
+        self.visual = OpenClipVision()
+        self.transformer = OpenClipTower(2)
+        self.token_embedding = nn.Embedding(vocabulary, WIDTH)
+        self.positional_embedding = nn.Parameter(torch.randn(tiny.MAX_LENGTH, WIDTH))
+        self.ln_final = nn.LayerNorm(WIDTH)
+        self.text_projection = nn.Parameter(torch.randn(WIDTH, 16))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("attn_mask", torch.full((tiny.MAX_LENGTH,) * 2, -math.inf).triu(1))
+
+    def text(self, ids: Tensor) -> Tensor:
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x, self.attn_mask[: ids.shape[1], : ids.shape[1]])
+        return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)] @ self.text_projection
+
+
+def hps(folder: Path) -> tuple[OpenClip, Path, Path]:
+    """Saves a checkpoint of an open_clip model; returns the model, the file, and the folder of its processing."""
+    model = OpenClip().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, folder / "hps.pt")
+    processing = clip(folder / "hps-clip", act="gelu", text_hidden=48)
+    (processing / "model.safetensors").unlink()  # only its configuration is needed
+    return model, folder / "hps.pt", processing

@@ -26,6 +26,7 @@ from .metrics import (
 from .prompts import Prompt, load_prompts
 from .result import EvaluationResult
 from .runner import evaluate
+from .scoring import score
 from .writing import add_to_card
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "evaluate",
     "load_prompts",
     "make_metric",
+    "score",
 ]

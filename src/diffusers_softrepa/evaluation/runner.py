@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,15 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-from tqdm import tqdm
 
 from .gallery import Gallery, Picture
-from .metrics import ImageMetric, Metric, SetMetric, as_metrics
-from .metrics.metric import named_scores
+from .metrics import Metric, as_metrics
 from .pictures import grid, plot
 from .prompts import load_prompts
 from .result import EvaluationResult
+from .scoring import processes, progress_bar, scored
 from .settings import AdapterSetting, left_as_found, settings_of, use
 from .writing import write_result
 
@@ -68,21 +65,27 @@ def evaluate(
     Raises:
         ValueError: A setting, metric or argument is not as it should be, or `output_dir` holds pictures that were
             drawn with something else; nothing has been drawn by then.
-        OSError, ImportError: What a metric needs is missing; the pictures are kept.
+        OSError, ImportError: What a metric needs is missing; likewise.
     """
     _check(seeds, batch_size, arguments)
     settings, chosen = settings_of(pipe, adapters), as_metrics(metrics, references)
     gallery = Gallery(output_dir, settings, load_prompts(prompts), list(seeds))
-    state = _processes()
+    state = processes()
     if state.is_main_process:
         gallery.settle(pipe, arguments)
     state.wait_for_everyone()
     missing = gallery.missing()
     state.wait_for_everyone()  # every process has seen the same pictures missing
+    if missing:
+        _try_out(chosen, _device_of(pipe))
     with left_as_found(pipe):
         _draw(pipe, gallery, missing, batch_size, arguments, state)
     state.wait_for_everyone()
-    result = _scored(gallery, chosen, _device_of(pipe), state)
+    labels = [setting.label for setting in settings]
+    pictures = gallery.pictures
+    result = scored(
+        labels, gallery.prompts, gallery.seeds, lambda number: gallery.open(pictures[number]), chosen, _device_of(pipe)
+    )
     if state.is_main_process:
         write_result(result, gallery.folder, _grid(gallery), plot(result))
     state.wait_for_everyone()
@@ -99,9 +102,13 @@ def _check(seeds: Sequence[int], batch_size: int, arguments: Mapping[str, Any]) 
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
 
 
-def _processes() -> PartialState:
-    """Returns the processes that share the work; without an accelerator those that talk through gloo."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+def _try_out(metrics: Sequence[Metric], device: torch.device) -> None:
+    """Loads every metric once, so that what is missing shows before hours of drawing."""
+    for metric in metrics:
+        try:
+            metric.setup(device)
+        finally:
+            metric.close()
 
 
 # Drawing.
@@ -120,7 +127,7 @@ def _draw(
     if len(missing) < len(gallery.pictures) and state.is_main_process:
         logger.info("%d of %d pictures are there already", len(gallery.pictures) - len(missing), len(gallery.pictures))
     began, timed = math.nan, 0
-    with _progress("drawing", left, state) as progress:
+    with progress_bar("drawing", left) as progress:
         for number, batch in enumerate(batches):
             use(pipe, gallery.settings[batch[0].setting])
             for picture, image in zip(batch, _pictures(pipe, gallery, batch, arguments), strict=True):
@@ -153,85 +160,6 @@ def _pictures(pipe: Any, gallery: Gallery, batch: Sequence[Picture], arguments: 
     return list(images)
 
 
-# Scoring.
-
-
-def _scored(
-    gallery: Gallery, metrics: Sequence[Metric], device: torch.device, state: PartialState
-) -> EvaluationResult:
-    shape = (len(gallery.settings), len(gallery.prompts), len(gallery.seeds))
-    scores: dict[str, torch.Tensor] = {}
-    distances: dict[str, list[float]] = {}
-    directions: dict[str, bool] = {}
-    sources: dict[str, str] = {}
-    for metric in metrics:
-        metric.setup(device)
-        try:
-            if isinstance(metric, ImageMetric):
-                found = {name: value.reshape(shape) for name, value in _image_scores(metric, gallery, state).items()}
-                scores |= found
-                names = list(found)
-            elif isinstance(metric, SetMetric):
-                distances[metric.name] = _distances(metric, gallery, state)
-                names = [metric.name]
-            else:
-                raise TypeError(f"{metric.name} must be an ImageMetric or a SetMetric")
-        finally:
-            metric.close()
-        directions |= dict.fromkeys(names, metric.higher_is_better)
-        sources |= dict.fromkeys(names, metric.reference)
-    return EvaluationResult(
-        settings=[setting.label for setting in gallery.settings],
-        prompts=[prompt.id for prompt in gallery.prompts],
-        texts=[prompt.text for prompt in gallery.prompts],
-        categories=[prompt.category for prompt in gallery.prompts],
-        seeds=list(gallery.seeds),
-        scores=scores,
-        distances=distances,
-        directions=directions,
-        references=sources,
-    )
-
-
-def _shares(gallery: Gallery, metric: Metric, state: PartialState) -> Iterator[list[tuple[int, Picture]]]:
-    """Yields this process's pictures with their numbers, in batches."""
-    own = list(enumerate(gallery.pictures))[state.process_index :: state.num_processes]
-    with _progress(metric.name, len(own), state) as progress:
-        for at in range(0, len(own), metric.batch_size):
-            batch = own[at : at + metric.batch_size]
-            yield batch
-            progress.update(len(batch))
-
-
-def _image_scores(metric: ImageMetric, gallery: Gallery, state: PartialState) -> dict[str, torch.Tensor]:
-    """Returns the scores of all pictures by name, (pictures,)."""
-    entries: list[tuple[str, int, float]] = []
-    for batch in _shares(gallery, metric, state):
-        images = [gallery.open(picture) for _, picture in batch]
-        prompts = [gallery.prompts[picture.prompt] for _, picture in batch]
-        for name, values in named_scores(metric, images, prompts).items():
-            entries += [(name, number, value) for (number, _), value in zip(batch, values.tolist(), strict=True)]
-    gathered = gather_object(entries)
-    scores: dict[str, torch.Tensor] = {}
-    for name, number, value in gathered:
-        if name not in scores:
-            scores[name] = torch.full((len(gallery.pictures),), math.nan, dtype=torch.float64)
-        scores[name][number] = value
-    return scores
-
-
-def _distances(metric: SetMetric, gallery: Gallery, state: PartialState) -> list[float]:
-    """Returns the distance of each setting's pictures to the reference pictures."""
-    entries: list[tuple[int, Any]] = []
-    for batch in _shares(gallery, metric, state):
-        features = metric.features([gallery.open(picture) for _, picture in batch])
-        entries += [(number, row) for (number, _), row in zip(batch, features.numpy(), strict=True)]
-    gathered = dict(gather_object(entries))
-    features = torch.stack([torch.from_numpy(gathered[number]) for number in range(len(gallery.pictures))])
-    references = metric.reference_features()
-    return [metric.distance(part, references) for part in features.chunk(len(gallery.settings))]
-
-
 def _device_of(pipe: Any) -> torch.device:
     return torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
 
@@ -244,7 +172,3 @@ def _grid(gallery: Gallery, rows: int = 8) -> Any:
     ]
     heads = [setting.label for setting in gallery.settings]
     return grid(pictures, [gallery.prompts[prompt].text for prompt in shown], heads)
-
-
-def _progress(name: str, total: int, state: PartialState) -> Any:
-    return tqdm(total=total, desc=name, disable=not state.is_main_process or not total, file=sys.stderr)

@@ -1,0 +1,156 @@
+"""Scores of pictures that are there, a share of them in each process; and `score`, for pictures drawn elsewhere."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .metrics import ImageMetric, Metric, SetMetric, as_metrics
+from .metrics.metric import named_scores, opened
+from .prompts import Prompt, load_prompts
+from .result import EvaluationResult
+
+
+def score(
+    images: Mapping[str, Sequence[Any]],
+    prompts: Any,
+    metrics: Sequence[Any],
+    *,
+    references: str | Path | Sequence[Any] | None = None,
+    device: str | torch.device = "cpu",
+) -> EvaluationResult:
+    """Scores pictures that were drawn elsewhere, edits for instance.
+
+    Args:
+        images: Files or pictures by setting, one for each prompt in the same order.
+        prompts: What `load_prompts` takes or returns.
+        metrics: As `evaluate` takes them.
+        references: Reference pictures of the metrics that are given by name and need them.
+        device: Where metrics run.
+
+    Raises:
+        ValueError: A setting does not have one picture for each prompt.
+        OSError, ImportError: What a metric needs is missing.
+    """
+    asked = load_prompts(prompts)
+    for label, pictures in images.items():
+        if len(pictures) != len(asked):
+            raise ValueError(
+                f"each setting needs a picture for each of {len(asked)} prompts, but {label} has {len(pictures)}"
+            )
+    flat = [picture for pictures in images.values() for picture in pictures]
+    chosen = as_metrics(metrics, references)
+    return scored(list(images), asked, [0], lambda number: opened(flat[number]), chosen, torch.device(device))
+
+
+def processes() -> PartialState:
+    """Returns the processes that share the work; without an accelerator those that talk through gloo."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def progress_bar(name: str, total: int) -> Any:
+    """Returns a progress bar of the main process."""
+    return tqdm(total=total, desc=name, disable=not processes().is_main_process or not total, file=sys.stderr)
+
+
+def scored(
+    labels: Sequence[str],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    open_picture: Callable[[int], Image.Image],
+    metrics: Sequence[Metric],
+    device: torch.device,
+) -> EvaluationResult:
+    """Returns the scores of pictures, the same in every process.
+
+    Args:
+        labels: The settings.
+        prompts: The prompts.
+        seeds: The seeds.
+        open_picture: From a number to a picture, setting by setting, in each prompt by prompt, in each seed by seed.
+        metrics: What scores them, one after the other, so that only one is loaded at a time.
+        device: Where metrics run.
+    """
+    shape = (len(labels), len(prompts), len(seeds))
+    of_picture = [prompt for _ in labels for prompt in prompts for _ in seeds]
+    scores: dict[str, Tensor] = {}
+    distances: dict[str, list[float]] = {}
+    directions: dict[str, bool] = {}
+    sources: dict[str, str] = {}
+    for metric in metrics:
+        metric.setup(device)
+        try:
+            if isinstance(metric, ImageMetric):
+                found = _image_scores(metric, open_picture, of_picture)
+                scores |= {name: values.reshape(shape) for name, values in found.items()}
+                names = list(found)
+            elif isinstance(metric, SetMetric):
+                distances[metric.name] = _distances(metric, open_picture, len(of_picture), len(labels))
+                names = [metric.name]
+            else:
+                raise TypeError(f"{metric.name} must be an ImageMetric or a SetMetric")
+        finally:
+            metric.close()
+        directions |= dict.fromkeys(names, metric.higher_is_better)
+        sources |= dict.fromkeys(names, metric.reference)
+    return EvaluationResult(
+        settings=list(labels),
+        prompts=[prompt.id for prompt in prompts],
+        texts=[prompt.text for prompt in prompts],
+        categories=[prompt.category for prompt in prompts],
+        seeds=list(seeds),
+        scores=scores,
+        distances=distances,
+        directions=directions,
+        references=sources,
+    )
+
+
+def _shares(metric: Metric, count: int) -> Iterator[list[int]]:
+    """Yields the numbers of this process's pictures in batches."""
+    state = processes()
+    own = list(range(count))[state.process_index :: state.num_processes]
+    with progress_bar(metric.name, len(own)) as progress:
+        for at in range(0, len(own), metric.batch_size):
+            batch = own[at : at + metric.batch_size]
+            yield batch
+            progress.update(len(batch))
+
+
+def _image_scores(
+    metric: ImageMetric, open_picture: Callable[[int], Image.Image], prompts: Sequence[Prompt]
+) -> dict[str, Tensor]:
+    """Returns the scores of all pictures by name, (pictures,)."""
+    entries: list[tuple[str, int, float]] = []
+    for batch in _shares(metric, len(prompts)):
+        images = [open_picture(number) for number in batch]
+        for name, values in named_scores(metric, images, [prompts[number] for number in batch]).items():
+            entries += [(name, number, value) for number, value in zip(batch, values.tolist(), strict=True)]
+    scores: dict[str, Tensor] = {}
+    for name, number, value in gather_object(entries):
+        if name not in scores:
+            scores[name] = torch.full((len(prompts),), math.nan, dtype=torch.float64)
+        scores[name][number] = value
+    return scores
+
+
+def _distances(
+    metric: SetMetric, open_picture: Callable[[int], Image.Image], count: int, num_settings: int
+) -> list[float]:
+    """Returns the distance of each setting's pictures to the reference pictures."""
+    entries: list[tuple[int, Any]] = []
+    for batch in _shares(metric, count):
+        features = metric.features([open_picture(number) for number in batch])
+        entries += list(zip(batch, features.numpy(), strict=True))
+    gathered = dict(gather_object(entries))
+    features = torch.stack([torch.from_numpy(gathered[number]) for number in range(count)])
+    references = metric.reference_features()
+    return [metric.distance(part, references) for part in features.chunk(num_settings)]
