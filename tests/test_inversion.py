@@ -37,7 +37,7 @@ every_pipeline = pytest.mark.parametrize("pipe", PIPELINES, indirect=True)
 def pipe(request: pytest.FixtureRequest) -> DiffusionPipeline:
     made = PIPELINES[getattr(request, "param", "sd3")]()
     if hasattr(made, "unet"):  # random UNets are rough beyond all that a trained one is
-        made.unet.conv_out.weight.data.mul_(0.1)
+        made.unet.conv_out.weight.data.mul_(0.03)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -60,7 +60,7 @@ def round_trip_error(pipe: DiffusionPipeline, steps: int, substitutions: int = 1
 @every_pipeline
 def test_the_round_trip_comes_closer_to_the_image_with_more_steps(pipe: DiffusionPipeline):
     coarse, fine = round_trip_error(pipe, 8), round_trip_error(pipe, 32)
-    # Measured: 0.18 and 0.07 (SD1.5), 0.22 and 0.11 (SDXL); flow matching's falls as one over the steps.
+    # Measured: a third to a half for epsilon, where the first of few steps are not small; a quarter for the others.
     assert fine < 0.25 and fine < (0.6 if pipe.scheduler.config.get("prediction_type") == "epsilon" else 0.35) * coarse
 
 
