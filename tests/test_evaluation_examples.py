@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,14 +13,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor, nn
 
 import scorers
 import tiny
-from diffusers_softrepa.evaluation import CLIPScore, metrics
+from diffusers_softrepa.evaluation import IMAGE_METRICS, SET_METRICS, CLIPScore, metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+GUIDE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 
 
 def example(name: str) -> ModuleType:
@@ -200,3 +204,42 @@ def test_adapters_are_compared_on_a_file_of_prompts(
     assert "num_inference_steps was 1, is 2" in capsys.readouterr().err
     assert script.main([*argv, "--adapter", "other"]) == 2
     assert "an adapter is given as NAME=SOURCE" in capsys.readouterr().err
+
+
+def test_the_python_of_the_guide_runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\na red dog\n")
+    shutil.copytree(models / "sd3-adapter", tmp_path / "my-tokens")
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: tiny.sd3_pipeline())
+    monkeypatch.setattr(metrics, "IMAGE_METRICS", {"clip_score": lambda: CLIPScore(str(models / "clip"))})
+    code = re.findall(r"<!-- run -->\n```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code) == 3
+    names: dict[str, object] = {}
+    for block in code:
+        exec(block.replace("28", "1"), names)
+    assert "| softrepa |" in (tmp_path / "evaluation" / "results.md").read_text()
+    assert "redness/all" in (tmp_path / "my-tokens" / "README.md").read_text()
+
+
+def test_the_guide_lists_every_metric_with_its_direction_and_paper():
+    rows = [
+        line.split(" | ")
+        for line in GUIDE.read_text(encoding="utf-8").splitlines()
+        if "| higher |" in line or "| lower |" in line
+    ]
+    listed = {name.strip("|` "): row for row in rows for name in row[0].split(",")}
+    assert listed.keys() == {*IMAGE_METRICS, *SET_METRICS}
+    for name, row in listed.items():
+        metric = metrics.make_metric(name, [Image.new("RGB", (8, 8))] * 2)
+        assert row[1].strip("`") == type(metric).__name__
+        assert row[2] == ("higher" if metric.higher_is_better else "lower")
+        assert name == "clip_similarity" or metric.reference.split()[-1] in row[3]
+
+
+def test_the_command_lines_of_the_guide_are_understood():
+    text = GUIDE.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "examples/" in line and line.startswith(("python", "accelerate"))]
+    assert len(lines) == 3
+    for line in lines:
+        script, *argv = shlex.split(line.split("examples/")[1])
+        example(script.removesuffix(".py")).parser().parse_args(argv)
