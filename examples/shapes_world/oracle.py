@@ -128,7 +128,7 @@ def _drawn() -> tuple[list[tuple[str, float, float, float]], np.ndarray]:
     keys = [
         (shape, middle + dx, middle + dy, radius)
         for shape in SHAPES
-        for radius in np.arange(3.0, 6.5, 0.25)
+        for radius in np.arange(3.75, 5.75, 0.25)
         for dx in steps
         for dy in steps
     ]

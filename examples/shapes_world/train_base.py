@@ -51,10 +51,10 @@ def main() -> None:
     {"vae": train_vae, "sd3": train_sd3}[args.part](args)
 
 
-def pictures(count: int, seed: int) -> Tensor:
-    """Returns the pixels of random scenes, (count, 3, 32, 32) uint8."""
+def pictures(count: int, seed: int, *, free: bool = False) -> Tensor:
+    """Returns the pixels of random scenes, (count, 3, 32, 32) uint8; `free` as in `Ask.scene`."""
     rng = np.random.default_rng(seed)
-    drawn = [np.asarray(render(random_ask(rng).scene(rng), random_background(rng))) for _ in range(count)]
+    drawn = [np.asarray(render(random_ask(rng).scene(rng, free=free), random_background(rng))) for _ in range(count)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -69,7 +69,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae = models.vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run = Run(args, "vae", {"model": vae, "optimizer": optimizer})
-    pixels = pictures(8192, args.seed + 1)
+    pixels = pictures(8192, args.seed + 1, free=True)  # more than it will see: it must not be the limit
     for step in run.steps(steps, optimizer):
         batch = as_input(pixels[torch.from_numpy(run.rng(step).integers(len(pixels), size=args.batch_size // 2))])
         posterior = vae.encode(batch).latent_dist

@@ -32,9 +32,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # each with its opposite
 SKILLS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "long")
-RADII = (3.8, 5.2)
+CELLS = 3  # things stand in the cells of a 3 x 3 grid, a little off the middle
+_RADII, _JITTER = (4.0, 4.4), 0.3
+_FREE_RADII = (3.8, 5.2)
 RELATION_MARGIN = 2.0  # pixels by which a drawn relation holds more along its axis than across it
-_GAP = 2.0  # pixels between the circles around any two objects
+_GAP = 0.8  # pixels between the circles around any two objects
 _OVERSAMPLING = 8
 
 _FRAMES = ("{}", "there is {}", "draw {}")
@@ -132,10 +134,15 @@ class Ask:
                     return True
         return False
 
-    def scene(self, rng: np.random.Generator) -> list[Thing]:
-        """Draws things of which the caption is true; what it leaves open is random."""
+    def scene(self, rng: np.random.Generator, *, free: bool = False) -> list[Thing]:
+        """Draws things of which the caption is true; what it leaves open is random.
+
+        Args:
+            rng: Random numbers.
+            free: Things are larger and stand anywhere instead of in the cells of the grid.
+        """
         while True:
-            things = _placed([want for want in self.wants for _ in range(want.count)], rng)
+            things = _placed([want for want in self.wants for _ in range(want.count)], rng, free)
             if things is not None and self.true_of(things) and self._clearly_related(things):
                 return things
 
@@ -242,7 +249,7 @@ def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     elif shape == "triangle":
         inside = (dy <= 0.8) & (dy >= -1.0 + 1.8 * abs(dx))
     else:
-        inside = (np.minimum(abs(dx), abs(dy)) <= 0.3) & (np.maximum(abs(dx), abs(dy)) <= 1.0)
+        inside = (np.minimum(abs(dx), abs(dy)) <= 0.3) & (np.maximum(abs(dx), abs(dy)) <= 0.92)
     blocks = inside.reshape(bottom - top, _OVERSAMPLING, high - low, _OVERSAMPLING)
     covered = np.zeros((SIZE, SIZE))
     covered[top:bottom, low:high] = blocks.mean(axis=(1, 3))
@@ -274,14 +281,18 @@ def _other_numbers(want: Want) -> list[Want]:
     return [replace(want, count=count) for count in (want.count - 1, want.count + 1) if count in NUMBERS]
 
 
-def _placed(kinds: Sequence[Want], rng: np.random.Generator) -> list[Thing] | None:
+def _placed(kinds: Sequence[Want], rng: np.random.Generator, free: bool) -> list[Thing] | None:
     """Draws one thing of each kind, none near another; None when there was no room."""
     things: list[Thing] = []
     for kind in kinds:
         color = kind.color or str(rng.choice(list(COLORS)))
         for _ in range(40):
-            radius = float(rng.uniform(*RADII))
-            x, y = rng.uniform(radius + 0.5, SIZE - radius - 0.5, size=2)
+            if free:
+                radius = float(rng.uniform(*_FREE_RADII))
+                x, y = rng.uniform(radius + 0.5, SIZE - radius - 0.5, size=2)
+            else:
+                radius = float(rng.uniform(*_RADII))
+                x, y = (rng.integers(CELLS, size=2) + 0.5) * SIZE / CELLS + rng.uniform(-_JITTER, _JITTER, size=2)
             if all(np.hypot(x - t.x, y - t.y) >= radius + t.radius + _GAP for t in things):
                 things.append(Thing(color, kind.shape, float(x), float(y), radius))
                 break
