@@ -12,7 +12,7 @@ from PIL import Image
 import tiny
 from diffusers_softrepa.card import model_card, refreshed, section
 from diffusers_softrepa.config import SoftREPAConfig
-from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, add_to_card, score
+from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, Prompt, add_to_card, score
 from evaluation_runs import REFERENCES, ColorDistance, brightness
 
 pytest_plugins = ["hub_server"]
@@ -139,3 +139,28 @@ def test_pictures_drawn_elsewhere_are_scored(tmp_path: Path):
     assert len(found.distances["colors"]) == 2
     with pytest.raises(ValueError, match="a picture for each of 2 prompts, but after has 1"):
         score({"before": pictures[:2], "after": pictures[:1]}, ["a cat", "a dog"], [brightness])
+
+
+def test_the_oracle_of_the_shapes_world_is_a_metric_with_skills_as_categories(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "shapes_world"))
+    import oracle
+    import world
+
+    rng = np.random.default_rng(0)
+    asks = [world.random_ask(rng, skill) for skill in ("colors", "counting") for _ in range(3)]
+    prompts = [Prompt(str(number), ask.caption, ask.skill, {"ask": ask}) for number, ask in enumerate(asks)]
+    wrong = [next(iter(kind for kind in ask.negatives().values() if kind))[0] for ask in asks]
+
+    def verdict(images: Any, prompts: Any) -> dict[str, list[float]]:
+        found = [oracle.judge(image, prompt.metadata["ask"]) for image, prompt in zip(images, prompts, strict=True)]
+        return {"correct": [one.correct for one in found], "quality": [one.quality for one in found]}
+
+    images = {
+        "wrong": [world.render(ask.scene(rng)) for ask in wrong],
+        "right": [world.render(ask.scene(rng)) for ask in asks],
+    }
+    found = score(images, prompts, [FunctionMetric(verdict, "oracle")])
+    for skill in ("colors", "counting"):
+        row = found.row("right", "oracle/correct", skill)
+        assert (row.mean, row.difference, row.better, row.count) == (1.0, 1.0, 1.0, 3)
+    assert "### oracle/correct by category" in found.to_markdown()
