@@ -320,7 +320,7 @@ class Entry:
         multiple: What sides of images must be multiples of, in pixels.
         unguided: Arguments of its call that leave out the second branch.
         guided: Arguments of its call that guide, and that a text this short needs.
-        length: Text tokens per caption that fit the small tokenizer.
+        length: Text tokens per caption that fit the small tokenizer; None where the pipeline leaves no choice.
     """
 
     name: str
@@ -329,7 +329,7 @@ class Entry:
     multiple: int
     unguided: dict[str, Any]
     guided: dict[str, Any]
-    length: int = 40
+    length: int | None = 40
     size: tuple[int, int] = (16, 24)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -337,21 +337,33 @@ class Entry:
         """Returns what the pipeline draws of a prompt, as latents unless told otherwise."""
         height, width = self.size
         settings = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "latent"}
-        settings |= {"max_sequence_length": self.length, **self.extra, **kwargs}
+        settings |= {} if self.length is None else {"max_sequence_length": self.length}
         pipe.set_progress_bar_config(disable=True)
         return pipe(
             prompt=prompt if isinstance(prompt, str) else list(prompt),
             generator=torch.Generator().manual_seed(0),
-            **settings,
+            **settings | self.extra | kwargs,
         ).images
 
 
 _BINNED = {"use_resolution_binning": False}
+_UNGUIDED, _GUIDED = {"guidance_scale": 1.0}, {"guidance_scale": 3.0}
+ELDERS = {
+    entry.name: entry
+    for entry in (
+        Entry("sd15", tiny.sd15_pipeline, (4, 8, 12), 2, _UNGUIDED, _GUIDED, length=None),
+        Entry("sdxl", tiny.sdxl_pipeline, (4, 8, 12), 2, _UNGUIDED, _GUIDED, length=None),
+        Entry("sd3", tiny.sd3_pipeline, (4, 8, 12), 4, _UNGUIDED, _GUIDED, length=24),
+        Entry(
+            "flux", tiny.flux_pipeline, (4, 8, 12), 4, {}, {"true_cfg_scale": 3.0, "negative_prompt": ""}, length=24
+        ),
+    )
+}
 ZOO = {
     entry.name: entry
     for entry in (
-        Entry("flux2", flux2_pipeline, (4, 8, 12), 4, {}, {"guidance_scale": 3.0}),
-        Entry("flux2-klein", flux2_klein_pipeline, (4, 8, 12), 4, {"guidance_scale": 1.0}, {"guidance_scale": 3.0}),
+        Entry("flux2", flux2_pipeline, (4, 8, 12), 4, {}, _GUIDED),
+        Entry("flux2-klein", flux2_klein_pipeline, (4, 8, 12), 4, _UNGUIDED, _GUIDED),
         Entry(
             "qwen",
             qwen_pipeline,
@@ -360,15 +372,15 @@ ZOO = {
             {"true_cfg_scale": 1.0},
             {"true_cfg_scale": 3.0, "negative_prompt": " "},
         ),
-        Entry("zimage", zimage_pipeline, (4, 8, 12), 4, {"guidance_scale": 0.0}, {"guidance_scale": 3.0}),
-        Entry("chroma", chroma_pipeline, (4, 8, 12), 4, {"guidance_scale": 1.0}, {"guidance_scale": 3.0}, length=24),
+        Entry("zimage", zimage_pipeline, (4, 8, 12), 4, {"guidance_scale": 0.0}, _GUIDED),
+        Entry("chroma", chroma_pipeline, (4, 8, 12), 4, _UNGUIDED, _GUIDED, length=24),
         Entry(
             "sana",
             sana_pipeline,
             (4, 8, 16),
             4,
-            {"guidance_scale": 1.0},
-            {"guidance_scale": 3.0},
+            _UNGUIDED,
+            _GUIDED,
             size=(32, 64),
             extra=_BINNED,
         ),
@@ -377,8 +389,8 @@ ZOO = {
             pixart_alpha_pipeline,
             (4, 8, 12),
             4,
-            {"guidance_scale": 1.0},
-            {"guidance_scale": 3.0},
+            _UNGUIDED,
+            _GUIDED,
             length=24,
             extra=_BINNED,
         ),
@@ -387,8 +399,8 @@ ZOO = {
             pixart_sigma_pipeline,
             (4, 8, 12),
             4,
-            {"guidance_scale": 1.0},
-            {"guidance_scale": 3.0},
+            _UNGUIDED,
+            _GUIDED,
             length=24,
             extra=_BINNED,
         ),
