@@ -45,7 +45,11 @@ def _fitted(picture: Image.Image, width: int) -> Image.Image:
 
 
 def plot(result: "EvaluationResult") -> "Figure | None":
-    """Returns a panel for each score: means of the settings with 95% intervals; None where matplotlib is missing."""
+    """Returns a panel for each score: means of the settings; None where matplotlib is missing.
+
+    Bars are 95% intervals of the paired difference to the first setting, whose mean is dotted: one that does not cross
+    the dots is a difference.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -60,7 +64,7 @@ def plot(result: "EvaluationResult") -> "Figure | None":
     panels: Any = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, name in zip(panels.flat, names, strict=False):
         rows = [result.row(setting, name) for setting in result.settings]
-        errors = [1.96 * row.error if row.error == row.error else 0.0 for row in rows]
+        errors = [1.96 * row.difference_error if row.difference_error > 0 else 0.0 for row in rows]
         places = range(len(rows))
         axes.errorbar([row.mean for row in rows], places, xerr=errors, fmt="o", capsize=3)
         axes.axvline(rows[0].mean, color="0.6", linestyle=":")
