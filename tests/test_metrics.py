@@ -335,6 +335,14 @@ def test_a_missing_package_is_named_with_how_to_get_it(metric: Any, name: str, m
         metric.setup(CPU)
 
 
+def test_a_package_that_fails_as_it_is_imported_is_as_good_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lpips.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "lpips", raising=False)
+    with pytest.raises(ImportError, match=r"cannot be imported \(operator torchvision::nms does not exist\)"):
+        LPIPS().setup(CPU)
+
+
 @pytest.mark.parametrize("name", [name for name in IMAGE_METRICS if name not in ("image_reward", "lpips")])
 def test_missing_weights_are_named_with_how_to_get_them(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: Path

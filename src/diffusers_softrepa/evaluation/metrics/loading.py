@@ -43,7 +43,7 @@ def package(name: str, needed_by: str) -> ModuleType:
     """
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # old packages fail in many ways beside new ones
         raise ImportError(
             f"{needed_by} is scored by the package {_PACKAGES[name]}, which cannot be imported ({error}); install it "
             f"with `pip install {_PACKAGES[name]}`, in an environment of its own if it does not fit this one"
