@@ -121,4 +121,5 @@ def _fragment(
     data = ModelCardData(model_name=model_name, eval_results=found) if found else ModelCardData()
     parts = [f"## Evaluation\n\nOn {dataset_name}.", result.to_markdown().rstrip()]
     parts += [f"![Settings side by side, from the same noise]({name})" for name in shown]
-    return f"---\n{data.to_yaml()}\n---\n\n{section('evaluation', f'{chr(10)}{chr(10)}'.join(parts))}\n"
+    text = section("evaluation", "\n\n".join(parts))
+    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
