@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,31 @@ def test_what_cannot_be_evaluated_is_said_first(tmp_path: Path, settings: dict[s
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (SimpleNamespace(frames=[]), "evaluate measures pictures, but Other returns SimpleNamespace"),
+        (SimpleNamespace(images=[]), "drew 0 pictures for 1 prompts; it must draw one each"),
+    ],
+)
+def test_what_is_no_picture_for_each_prompt_is_refused(tmp_path: Path, output: Any, message: str):
+    class Other(Counted):
+        def __call__(self, prompt: Any, **arguments: Any) -> Any:
+            return output
+
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", pipe=Other(pipeline(), tmp_path / "drawn.txt"))
+
+
+def test_pictures_that_a_safety_checker_blackened_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    class Checked(Counted):
+        def __call__(self, prompt: Any, **arguments: Any) -> Any:
+            return SimpleNamespace(images=[Image.new("RGB", (16, 16))], nsfw_content_detected=[True])
+
+    run(tmp_path, pipe=Checked(pipeline(), tmp_path / "drawn.txt"), adapters=[None], seeds=[0], metrics=[])
+    assert len([record for record in caplog.records if "safety_checker=None" in record.message]) == 3
 
 
 def test_after_a_few_pictures_the_time_left_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):

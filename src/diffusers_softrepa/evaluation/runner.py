@@ -154,10 +154,21 @@ def _batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
 def _pictures(pipe: Any, gallery: Gallery, batch: Sequence[Picture], arguments: Mapping[str, Any]) -> list[Any]:
     generators = [torch.Generator().manual_seed(gallery.generator_seed(picture)) for picture in batch]
     texts = [gallery.prompts[picture.prompt].text for picture in batch]
-    images = pipe(prompt=texts, generator=generators, output_type="pil", **arguments).images
-    if len(images) != len(batch):
-        raise ValueError(f"the pipeline drew {len(images)} pictures for {len(batch)} prompts; it must draw one each")
-    return list(images)
+    output = pipe(prompt=texts, generator=generators, output_type="pil", **arguments)
+    if not hasattr(output, "images"):
+        raise ValueError(f"evaluate measures pictures, but {type(pipe).__name__} returns {type(output).__name__}")
+    if len(output.images) != len(batch):
+        raise ValueError(
+            f"the pipeline drew {len(output.images)} pictures for {len(batch)} prompts; it must draw one each"
+        )
+    blackened = sum(map(bool, getattr(output, "nsfw_content_detected", None) or []))
+    if blackened:
+        logger.warning(
+            "the safety checker made %d pictures black, which counts as drawn; load the pipeline with "
+            "safety_checker=None to measure the model itself",
+            blackened,
+        )
+    return list(output.images)
 
 
 def _device_of(pipe: Any) -> torch.device:
