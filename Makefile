@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 PUBLISHED ?= $(wildcard ../shared/published/sd3)
 export SOFTREPA_PUBLISHED_SD3 = $(PUBLISHED)
 
-.PHONY: demo test test-all lint format bench
+.PHONY: demo test test-all lint format docs bench
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/adapter.py
