@@ -21,7 +21,10 @@ from diffusers_softrepa.families import Block
 from diffusers_softrepa.wrapping import bound, positions_of
 from zoo import LENGTH, K, Specimen
 
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # Chroma's own import
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma's own import
+    pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning"),  # AnyFlow-FAR without a compiler
+]
 
 EVERYTHING = zoo.everything()
 
@@ -114,38 +117,13 @@ def test_hidden_tokens_leave_the_native_prediction(
     disable_softrepa(denoiser)
     native = specimen.call(denoiser, inputs)
     enable_softrepa(denoiser)
-    hidden = _hide_keys_that_are_not_numbers(monkeypatch)
+    hidden = zoo.hide_keys_that_are_not_numbers(monkeypatch)
     with torch.no_grad():
         got = specimen.call(denoiser, inputs)
     assert set(hidden) == {K}
     assert len(hidden) >= len(zoo.blocks_of(denoiser))
     record_property("max difference", float((got - native).abs().max()))
     assert_close(got, native, rtol=1e-5, atol=1e-5)
-
-
-def _hide_keys_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Patches attention; returns a list of how many keys of a sample each call was kept from."""
-    hidden: list[int] = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def without(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        soft = key.isnan().any(dim=-1).any(dim=-2)  # (batch, keys)
-        if soft.any():
-            hidden.extend(soft.sum(dim=-1).unique().tolist())
-            if kwargs.pop("is_causal", False):
-                attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-            keep = ~soft[:, None, None]
-            if attn_mask is None or attn_mask.dtype == torch.bool:
-                attn_mask = keep if attn_mask is None else keep & attn_mask
-            else:
-                attn_mask = attn_mask.masked_fill(~keep, float("-inf"))
-            key, value = key.nan_to_num(0.0), value.nan_to_num(0.0)
-        return attend(query, key, value, attn_mask, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", without)
-    return hidden
 
 
 @each([specimen for specimen in EVERYTHING if specimen.mask is not None and specimen.leaky is None])

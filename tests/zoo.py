@@ -23,7 +23,7 @@ from diffusers_softrepa.families import Block, text_blocks
 K = 4  # soft tokens in every law
 LENGTH = 7  # rows of text
 VALID = 5  # of them not masked, where a mask is given
-ROOMS = ("zoo_unet", "zoo_dual", "zoo_joint", "zoo_cross", "zoo_video")
+ROOMS = ("zoo_unet", "zoo_dual", "zoo_joint", "zoo_cross", "zoo_wan", "zoo_video")
 
 Inputs = dict[str, Any]
 
@@ -46,6 +46,7 @@ class Specimen:
         checkpoints: Whether the class supports gradient checkpointing.
         checkpointing: The function that it is given for that; its own default unless given.
         upstream: A bug of the class itself under gradient checkpointing, for as long as it is there.
+        levels: Timesteps of one sample, for classes that take one for each frame or token.
         drawn: Rows of the picture at the end of a prediction that has a row for each token of the sequence.
         prepare: Changes a fresh denoiser.
     """
@@ -62,6 +63,7 @@ class Specimen:
     checkpoints: bool = True
     checkpointing: Callable[..., Any] | None = None
     upstream: str | None = None
+    levels: int | None = None
     drawn: int | None = None
     prepare: Callable[[Any], None] | None = None
 
@@ -84,10 +86,15 @@ class Specimen:
         return {**self.inputs(batch, LENGTH), **self.mask(batch, LENGTH, valid)}
 
     def call(self, denoiser: nn.Module, inputs: Inputs, level: float | Tensor = 500.0) -> Tensor:
-        """Returns the prediction; `level` is the noise on the 0..1000 scale, one for all or (batch,)."""
+        """Returns the prediction; `level` is the noise on the 0..1000 scale, one for all or (batch,).
+
+        Of several levels for each sample it is the last, and the others are lower.
+        """
         clock = family_of(denoiser).timestep_of(denoiser.config)
         batch = inputs.get("batch", 2)
-        timestep = clock.of_level(torch.as_tensor(level, dtype=torch.float32).expand(batch))
+        noisiest = torch.as_tensor(level, dtype=torch.float32).expand(batch)
+        several = self.levels is not None
+        timestep = clock.of_level(noisiest[:, None] * torch.linspace(0, 1, self.levels) if several else noisiest)
         output = denoiser(**{k: v for k, v in inputs.items() if k != "batch"}, **{clock.arg: timestep})
         return _flat(output if self.drawn is None else _first(output)[:, -self.drawn :])
 
@@ -168,6 +175,31 @@ def fill_tokens(denoiser: nn.Module, value: float | Tensor) -> None:
     """Writes the tokens of an adapter without timestep bins."""
     with torch.no_grad():
         softrepa_parameters(denoiser)["tokens"].copy_(torch.as_tensor(value))
+
+
+def hide_keys_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Patches attention; returns a list of how many keys of a sample each call was kept from."""
+    hidden: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def without(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        soft = key.isnan().any(dim=-1).any(dim=-2)  # (batch, keys)
+        if soft.any():
+            hidden.extend(soft.sum(dim=-1).unique().tolist())
+            if kwargs.pop("is_causal", False):
+                attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+            keep = ~soft[:, None, None]
+            if attn_mask is None or attn_mask.dtype == torch.bool:
+                attn_mask = keep if attn_mask is None else keep & attn_mask
+            else:
+                attn_mask = attn_mask.masked_fill(~keep, float("-inf"))
+            key, value = key.nan_to_num(0.0), value.nan_to_num(0.0)
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", without)
+    return hidden
 
 
 def _first(output: Any) -> Tensor:
