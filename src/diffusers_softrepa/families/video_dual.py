@@ -1,0 +1,79 @@
+"""Video transformers with a text stream and a video stream of their own in each block (MM-DiT).
+
+Text has no rotary positions in any of them. Where blocks get a mask over video and text, the text's columns are its
+last, and what counts of the text comes before its padding, as do the tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .spec import FamilySpec, Group, Side, Timestep, inner_width, layered_defaults, named_width, recipe
+
+_TEXT = "encoder_hidden_states"
+_MASK_BEHIND_VIDEO = Side("attention_mask", dim=3, where="text_last", fill=1.0)
+_DUAL = Group("transformer_blocks", _TEXT, returns=1, sides=(_MASK_BEHIND_VIDEO,))
+_APART = replace(_DUAL, path="single_transformer_blocks")
+
+HUNYUAN_VIDEO = FamilySpec(
+    name="hunyuan-video",
+    denoiser="HunyuanVideoTransformer3DModel",
+    groups=(_DUAL, _APART),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers", "num_single_layers"),
+)
+HUNYUAN_VIDEO_FRAMEPACK = replace(
+    HUNYUAN_VIDEO, name="hunyuan-video-framepack", denoiser="HunyuanVideoFramepackTransformer3DModel"
+)
+# The mask is over the text alone, whose rows (image, glyphs, text) are sorted by whether they count.
+HUNYUAN_VIDEO_15 = FamilySpec(
+    name="hunyuan-video-1.5",
+    denoiser="HunyuanVideo15Transformer3DModel",
+    groups=(replace(_DUAL, sides=(Side("attention_mask", dim=1, fill=1.0),)),),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+)
+
+COGVIDEOX = FamilySpec(
+    name="cogvideox",
+    denoiser="CogVideoXTransformer3DModel",
+    groups=(Group("transformer_blocks", _TEXT, returns=1),),
+    width=inner_width,
+    defaults=recipe(inner_width, "num_layers"),
+)
+CONSIS_ID = replace(COGVIDEOX, name="consis-id", denoiser="ConsisIDTransformer3DModel")
+EASY_ANIMATE = replace(COGVIDEOX, name="easy-animate", denoiser="EasyAnimateTransformer3DModel")
+
+# Attention drops masked rows and pads at the end what it returns: only what counts and comes first stays in its row.
+_MOCHI_WIDTH = named_width("pooled_projection_dim")
+MOCHI = FamilySpec(
+    name="mochi",
+    denoiser="MochiTransformer3DModel",
+    groups=(replace(_DUAL, sides=(Side("encoder_attention_mask", dim=1, fill=1.0),)),),
+    width=_MOCHI_WIDTH,
+    defaults=recipe(_MOCHI_WIDTH, "num_layers"),
+    timestep=Timestep(reverse=True),
+)
+
+
+def _encoders(denoiser: Any) -> int:
+    return len(denoiser.single_transformer_blocks) - denoiser.num_decoder_layers
+
+
+def _motif_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    depth = config["num_layers"] + config["num_single_layers"] - config["num_decoder_layers"]
+    return layered_defaults(depth, inner_width(config))
+
+
+# The rows of a first frame stand before the text, and a further attention of the block reads only what is behind them.
+# The last single blocks decode: what they get in place of text is video.
+MOTIF_VIDEO = FamilySpec(
+    name="motif-video",
+    denoiser="MotifVideoTransformer3DModel",
+    groups=(
+        replace(_DUAL, at="image_embed_seq_len"),
+        replace(_APART, at="image_embed_seq_len", limit=_encoders),
+    ),
+    width=inner_width,
+    defaults=_motif_defaults,
+)
