@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor
 from torch.nn import functional
 
-from zoo import Inputs, Specimen, add, noise, text
+from zoo import LENGTH, Inputs, K, Specimen, add, keywords_too, noise, text
 
 FRAMES, PATCHES = 2, 8  # of a video (batch, channels, 2, 4, 4) in patches of 1 x 2 x 2
 _WAN: dict[str, Any] = {
@@ -93,6 +94,43 @@ add(
             "face_pixel_values": noise("face", batch, 3, 4, 4, 4),
         },
         positioned=_COUNTED,
+    )
+)
+
+
+def _animate2(batch: int, length: int) -> Inputs:
+    """The pass over the reference, which needs no compiler: lists of samples."""
+    return {
+        "hidden_states": list(noise("video", batch, 2, FRAMES, 4, 4)),
+        "condition_latents": list(noise("condition", batch, 2, FRAMES, 4, 4)),
+        "encoder_hidden_states": list(text(batch, length, 10)),
+        "encoder_hidden_states_image": noise("seen", batch, 5, 1280),
+        "kv_cache": WanAnimate2KVCache(3),
+        "kv_cache_mode": "extract",
+        "seq_len": PATCHES,
+        "offset_grid_sizes": torch.tensor([[FRAMES, 2, 2]] * batch),
+    }
+
+
+add(
+    Specimen(
+        "wan-animate-2",
+        "WanAnimate2Transformer3DModel",
+        {
+            "text_len": LENGTH + K,
+            "in_dim": 4,
+            "dim": 24,
+            "ffn_dim": 32,
+            "freq_dim": 8,
+            "text_dim": 10,
+            "out_dim": 4,
+            "num_heads": 2,
+            "num_layers": 3,
+        },
+        _animate2,
+        positioned="text is padded to a fixed number of rows",
+        checkpointing=keywords_too,
+        upstream="blocks are checkpointed with keywords, which the default function does not take",
     )
 )
 add(Specimen("skyreels-v2", "SkyReelsV2Transformer3DModel", _WAN, _video))

@@ -4,13 +4,12 @@ A block takes and returns text and image apart; some classes go on with blocks t
 blocks get a mask over image and text, the text's columns are its last.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from .guards import checkpointing_without_keywords
 from .spec import FamilySpec, Group, Side, Timestep, inner_width, named_width, recipe
 
 _MASK_BEHIND_IMAGE = Side("attention_mask", dim=3, where="text_last", fill=1.0)
@@ -67,19 +66,6 @@ GLM_IMAGE = FamilySpec(
 )
 
 
-def _checkpointing_without_keywords(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | None:
-    checkpoint = getattr(denoiser, "_gradient_checkpointing_func", None)
-    if checkpoint is None or not (getattr(denoiser, "gradient_checkpointing", False) and torch.is_grad_enabled()):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(checkpoint).parameters.values()):
-        return None
-    return (
-        "HunyuanImage checkpoints its blocks with keyword arguments, which the checkpointing function of diffusers "
-        "does not take; give it one that does: enable_gradient_checkpointing(lambda block, *args, **kwargs: "
-        "torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **kwargs))"
-    )
-
-
 HUNYUAN_IMAGE = FamilySpec(
     name="hunyuan-image",
     denoiser="HunyuanImageTransformer2DModel",
@@ -89,7 +75,7 @@ HUNYUAN_IMAGE = FamilySpec(
     ),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers", "num_single_layers"),
-    guards=(_checkpointing_without_keywords,),
+    guards=(checkpointing_without_keywords,),
 )
 
 # The sequence is image, then text at position zero. What the image's mask multiplies are keys.

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .spec import FamilySpec, Group, inner_width, layered_defaults, recipe
+from .guards import checkpointing_without_keywords
+from .spec import FamilySpec, Group, inner_width, layered_defaults, named_width, recipe
 
 
 def _counts_rows(block: Any) -> bool:
@@ -77,3 +78,15 @@ ANYFLOW = FamilySpec(
 )
 ANYFLOW_FAR = replace(ANYFLOW, name="anyflow-far", denoiser="AnyFlowFARTransformer3DModel")
 HELIOS = replace(ANYFLOW, name="helios", denoiser="HeliosTransformer3DModel")
+
+_DIM = named_width("dim")
+# Text and image come apart. A first pass over a reference video reads text too and stores what later ones attend to,
+# with the tokens of the timestep that it is called with.
+WAN_ANIMATE2 = FamilySpec(
+    name="wan-animate-2",
+    denoiser="WanAnimate2Transformer3DModel",
+    groups=(_READ,),
+    width=_DIM,
+    defaults=recipe(_DIM, "num_layers"),
+    guards=(checkpointing_without_keywords,),
+)
