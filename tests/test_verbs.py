@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,3 +223,10 @@ def test_the_cache_of_the_hub_is_known_by_the_name_of_the_repository():
     )
     denoiser.add_softrepa()
     assert denoiser._softrepa["softrepa"].config.base_model_name_or_path == "somebody/base-one"
+
+
+def test_a_base_loaded_from_a_path_object_is_noted_as_text(tmp_path):
+    tiny.sd15_pipeline().save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(Path(tmp_path))
+    pipe.add_softrepa()
+    assert pipe.unet._softrepa["softrepa"].config.base_model_name_or_path == str(tmp_path)

@@ -391,9 +391,9 @@ def _free_name(taken: Sequence[str], name: str | None, *, taken_is_fine: bool = 
 
 def _base_name(target: Any) -> str | None:
     """Returns the Hub id or path that the target was loaded from; of a file in the Hub's cache, the id."""
-    name = target.config.get("_name_or_path") or None
-    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name or "")
-    return "/".join(cached.groups()) if cached else name
+    name = str(target.config.get("_name_or_path") or "")  # a Path if it was loaded from one
+    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
+    return "/".join(cached.groups()) if cached else name or None
 
 
 def _warn_of_other_base(target: Any, config: SoftREPAConfig) -> None:

@@ -1,0 +1,107 @@
+"""Draws asks with the base pipeline and measures what comes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from models import MAX_WORDS
+from oracle import judge
+from PIL import Image, ImageDraw
+from world import SIZE, SKILLS, Ask
+
+BASE = Path(__file__).parent / "sd3"
+STEPS = 14
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one setting drew of one set of asks.
+
+    Attributes:
+        correct: By the oracle, (asks,) bool.
+        quality: Overlap of what was drawn with ideal shapes, (asks,).
+        counted: How many things too many, (asks,).
+        features: Of the pictures, (asks, 128): latents of the autoencoder, averaged over 2 x 2.
+    """
+
+    correct: np.ndarray
+    quality: np.ndarray
+    counted: np.ndarray
+    features: np.ndarray
+
+    def accuracy(self, asks: Sequence[Ask]) -> dict[str, float]:
+        """Returns the share of correct pictures by skill, and `total`, the mean of the skills."""
+        table = {
+            skill: float(np.mean([c for c, ask in zip(self.correct, asks, strict=True) if ask.skill == skill]))
+            for skill in SKILLS
+        }
+        return {**table, "total": float(np.mean(list(table.values())))}
+
+
+def load_base(path: Path | str = BASE) -> StableDiffusion3Pipeline:
+    """Loads the embedded pipeline in single precision; it reports no progress."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(
+    pipe: StableDiffusion3Pipeline,
+    asks: Sequence[Ask],
+    *,
+    guidance: float = 3.0,
+    seed: int = 0,
+    steps: int = STEPS,
+    batch: int = 70,
+) -> list[Image.Image]:
+    """Draws every ask once. The noise of a picture depends on the seed and its place alone."""
+    images: list[Image.Image] = []
+    for start in range(0, len(asks), batch):
+        some = asks[start : start + batch]
+        noise = [torch.Generator().manual_seed(1000 * seed + start + row) for row in range(len(some))]
+        images += pipe(
+            [ask.caption for ask in some],
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            max_sequence_length=MAX_WORDS,
+            generator=noise,
+        ).images
+    return images
+
+
+def measure(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image], asks: Sequence[Ask]) -> Measured:
+    """Reads pictures by the oracle and by the autoencoder."""
+    verdicts = [judge(image, ask) for image, ask in zip(images, asks, strict=True)]
+    return Measured(
+        np.array([verdict.correct for verdict in verdicts]),
+        np.array([verdict.quality for verdict in verdicts]),
+        np.array([verdict.counted for verdict in verdicts]),
+        features(pipe, images),
+    )
+
+
+@torch.no_grad()
+def features(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image]) -> np.ndarray:
+    """Returns the embedding in which pictures are compared as sets, (images, 128)."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    latents = [pipe.vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in pixels.split(128)]
+    return torch.nn.functional.avg_pool2d(torch.cat(latents), 2).flatten(1).numpy()
+
+
+def side_by_side(columns: dict[str, Sequence[Image.Image]], captions: Sequence[str], scale: int = 3) -> Image.Image:
+    """Returns one picture: a row for each caption, a column for each name."""
+    side, words, gap = SIZE * scale, 300, 6
+    canvas = Image.new("RGB", (words + len(columns) * (side + gap), 20 + len(captions) * (side + gap)), "white")
+    pen: Any = ImageDraw.Draw(canvas)
+    for column, (name, images) in enumerate(columns.items()):
+        pen.text((words + column * (side + gap) + 2, 4), name, fill="black")
+        for row, image in enumerate(images):
+            large = image.resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(large, (words + column * (side + gap), 20 + row * (side + gap)))
+    for row, caption in enumerate(captions):
+        pen.text((6, 20 + row * (side + gap) + side // 2 - 6), caption, fill="black")
+    return canvas

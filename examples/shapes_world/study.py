@@ -1,0 +1,281 @@
+"""The study: trains every adapter of the shapes world, measures all of them, writes the table.
+
+    python examples/shapes_world/study.py                       # everything; what is there already is not done again
+    python examples/shapes_world/study.py train softrepa agsm   # some adapters
+    python examples/shapes_world/study.py measure --seeds 5 --guidance 1 2 3 4
+    python examples/shapes_world/study.py table
+
+Adapters are kept in `adapters/`, one folder each, measurements in `--out`, a file for each adapter, guidance scale and
+seed, so the study can be interrupted. Several processes can share it: give each some of the names.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from drawing import BASE, Measured, draw, features, load_base, measure
+from models import MAX_WORDS
+from peft import LoraConfig
+from world import SKILLS, prompts, random_ask, random_background, render
+
+from diffusers_softrepa import SoftREPAConfig
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
+from diffusers_softrepa.training.conditioning import conditioner_of
+
+ADAPTERS = Path(__file__).parent / "adapters"
+PICTURES = 2000  # that adapters learn from, captions all true
+LEARNING_RATE, BATCH, STEPS = 1e-3, 8, 150
+
+# What differs from the trainer's defaults. `hard`: captions written to be wrong join the negatives of an image.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "softrepa": {"share_timestep": True, "share_noise": True},
+    "agsm": {"objective": "agsm"},
+    "soft-rank": {"objective": "soft_rank"},
+    "denoising": {"objective": "denoising"},
+    "softrepa-hard": {"logits": "linear", "temperature": 0.05, "denoising_weight": 10.0, "hard": 3},
+    "agsm-hard": {"objective": "agsm", "hard": 3},
+}
+LORA = "lora"  # plain denoising, as many numbers as the tokens
+
+
+def pairs(count: int, seed: int, hard: int = 0) -> list[dict[str, Any]]:
+    """Returns pictures with true captions and, for each, `hard` captions that are wrong in one thing."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        ask = random_ask(rng)
+        things = ask.scene(rng)
+        wrong = [other for kind in ask.negatives().values() for other in kind if not other.true_of(things)]
+        chosen = [wrong[i] for i in rng.permutation(len(wrong))[:hard]]
+        rows.append(
+            {
+                "image": render(things, random_background(rng)),
+                "text": ask.caption,
+                "negatives": [other.rephrased(rng).caption for other in chosen],
+            }
+        )
+    return rows
+
+
+def train(name: str, out: Path, base: Path, *, steps: int = STEPS, seed: int = 0, **changes: Any) -> Path:
+    """Trains one adapter; returns its folder below `out`."""
+    folder = out / name
+    if name == LORA:
+        return train_lora(folder, base, steps=steps, seed=seed)
+    settings = {**VARIANTS[name], **changes}
+    hard = settings.pop("hard", 0)
+    config = settings.pop("config", {})
+    settings = {
+        "train_batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler": "constant",
+        "max_steps": steps,
+        "pair_chunk_size": 64,
+        **settings,
+    }
+    arguments = ContrastiveFlowMatchingArguments(
+        output_dir=str(folder),
+        resolution=32,
+        max_sequence_length=MAX_WORDS,
+        negative_caption_column="negatives" if hard else None,
+        validation_steps=steps,
+        save_steps=steps,
+        report_to="none",
+        seed=seed,
+        **settings,
+    )
+    pipe = load_base(base)
+    trainer = ContrastiveFlowMatchingTrainer(
+        pipe,
+        arguments,
+        pairs(PICTURES, seed + 10, hard),
+        pairs(64, 9),
+        adapter_config=SoftREPAConfig.for_denoiser(pipe.transformer, **config),
+    )
+    trainer.train()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return folder
+
+
+def train_lora(folder: Path, base: Path, *, steps: int, seed: int) -> Path:
+    """Trains a LoRA on the attention of all blocks by plain denoising on the same pairs."""
+    pipe = load_base(base)
+    tokens = SoftREPAConfig.for_denoiser(pipe.transformer).num_parameters
+    targets = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]
+    width, blocks = pipe.transformer.inner_dim, len(pipe.transformer.transformer_blocks)
+    rank = max(1, round(tokens / (2 * width * blocks * len(targets))))
+    torch.manual_seed(seed)
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    weights = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-4)
+    conditioner, rows = conditioner_of(pipe, max_sequence_length=MAX_WORDS), pairs(PICTURES, seed + 10)
+    noising, rng = conditioner.noising, np.random.default_rng(seed)
+    for _ in range(steps):
+        some = [rows[i] for i in rng.integers(len(rows), size=8 * BATCH)]  # as many predictions as 8 x 8 pairs
+        pixels = torch.stack([torch.from_numpy(np.asarray(row["image"])).permute(2, 0, 1) for row in some])
+        latents = conditioner.encode_images(pixels.float() / 127.5 - 1)
+        noise, timestep = torch.randn_like(latents), 1000 * torch.rand(len(some))
+        noisy = noising.noisy_latents(latents, noise, timestep)
+        prediction = conditioner.predict(noisy, timestep, conditioner.encode_captions([row["text"] for row in some]))
+        loss = (prediction - noising.target(latents, noise, timestep)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pipe.transformer.save_lora_adapter(folder)
+    return folder
+
+
+def put_on(pipe: Any, folder: Path | None) -> None:
+    """Puts an adapter of the study, or none, on a base pipeline that has none."""
+    if folder is None:
+        return
+    if folder.name == LORA:
+        pipe.transformer.load_lora_adapter(str(folder), prefix=None)
+    else:
+        pipe.load_softrepa(folder)
+
+
+def measured(name: str, guidance: float, seed: int, args: argparse.Namespace, pipe: Any) -> Measured:
+    """Returns the measurement of one setting, from the disk or made now."""
+    path = args.out / f"{name}-g{guidance:g}-s{seed}.npz"
+    if not path.exists():
+        asks = prompts(args.per_skill, seed)
+        found = measure(pipe(), draw(pipe(), asks, guidance=guidance, seed=seed), asks)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **vars(found))
+        print(f"{name:14s} guidance {guidance:g} seed {seed}: {_line(found.accuracy(asks))}", flush=True)
+    with np.load(path) as saved:
+        return Measured(**saved)
+
+
+def measure_all(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Makes the measurements that are missing."""
+    for name in names:
+        made: list[Any] = []
+
+        def pipe(name: str = name, made: list[Any] = made) -> Any:
+            if not made:
+                made.append(load_base(args.base))
+                put_on(made[0], None if name == "base" else args.adapters / name)
+            return made[0]
+
+        for guidance in args.guidance:
+            for seed in range(args.seeds):
+                measured(name, guidance, seed, args, pipe)
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the Frechet distance of the normal distributions of two sets of features, (n, d) each."""
+    spread, other = (np.cov(part, rowvar=False) for part in (first, second))
+    values, vectors = np.linalg.eigh(spread)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    mixed = np.linalg.eigvalsh(root @ other @ root).clip(0)
+    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(spread + other) - 2 * np.sqrt(mixed).sum())
+
+
+def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns the figures of every adapter and guidance scale that has been measured for all seeds."""
+    base = load_base(args.base)
+    rng = np.random.default_rng(12345)
+    real = features(base, [render(random_ask(rng).scene(rng), random_background(rng)) for _ in range(2000)])
+    table: dict[str, dict[str, Any]] = {}
+    for name in names:
+        diagnostics = _diagnostics(args.adapters / name / "log.jsonl")
+        for guidance in args.guidance:
+            paths = [args.out / f"{name}-g{guidance:g}-s{seed}.npz" for seed in range(args.seeds)]
+            if not all(path.exists() for path in paths):
+                continue
+            runs = [measured(name, guidance, seed, args, lambda: base) for seed in range(args.seeds)]
+            scores = [run.accuracy(prompts(args.per_skill, seed)) for seed, run in enumerate(runs)]
+            counting = [
+                np.array([a.skill == "counting" for a in prompts(args.per_skill, s)]) for s in range(args.seeds)
+            ]
+            table.setdefault(name, {})[f"{guidance:g}"] = {
+                "accuracy": {key: _mean_and_error([score[key] for score in scores]) for key in (*SKILLS, "total")},
+                "quality": _mean_and_error([float(run.quality.mean()) for run in runs]),
+                "counted": _mean_and_error(
+                    [float(run.counted[chosen].mean()) for run, chosen in zip(runs, counting, strict=True)]
+                ),
+                "distance": frechet(np.concatenate([run.features for run in runs]), real),
+                **diagnostics,
+            }
+    return table
+
+
+def as_markdown(table: Mapping[str, Mapping[str, Any]], guidance: str | None = None) -> str:
+    """Returns a table of all adapters at one guidance scale, or each at its own best."""
+    lines = [
+        "| adapter | guidance | "
+        + " | ".join(SKILLS)
+        + " | **total** | too many | shape quality | Frechet | top-1 | information |",
+        "| --- " * (len(SKILLS) + 8) + "|",
+    ]
+    for name, scales in table.items():
+        best = guidance or max(scales, key=lambda scale: scales[scale]["accuracy"]["total"][0])
+        row = scales[best]
+        cells = [f"{100 * row['accuracy'][skill][0]:.0f}" for skill in SKILLS]
+        mean, error = row["accuracy"]["total"]
+        cells += [f"**{100 * mean:.1f} ± {100 * error:.1f}**", f"{row['counted'][0]:+.2f}"]
+        cells += [f"{row['quality'][0]:.3f}", f"{row['distance']:.2f}"]
+        cells += [f"{row[key]:.2f}" if key in row else "" for key in ("top1", "information")]
+        lines.append(f"| {name} | {best} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def _diagnostics(log: Path) -> dict[str, float]:
+    """Returns the last held-out figures of a training log, if there is one."""
+    found: dict[str, float] = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        entry = json.loads(line)
+        found |= {key: entry[f"held_out/{key}"] for key in ("top1", "information") if f"held_out/{key}" in entry}
+    return found
+
+
+def _line(accuracy: Mapping[str, float]) -> str:
+    return " ".join(f"{skill} {100 * value:.0f}" for skill, value in accuracy.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["all", "train", "measure", "table"], default="all")
+    parser.add_argument("names", nargs="*", help="adapters; all unless given")
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS)
+    parser.add_argument("--out", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--per-skill", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of each adapter")
+    args = parser.parse_args(arguments)
+    names = args.names or [*VARIANTS, LORA]
+    if args.part in ("all", "train"):
+        for name in names:
+            if name != "base" and not (args.adapters / name).exists():
+                train(name, args.adapters, args.base, steps=args.steps)
+    if args.part in ("all", "measure"):
+        measure_all(args.names or ["base", *names], args)
+    if args.part in ("all", "table"):
+        table = results(args.names or ["base", *names], args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+        text = "Each at its best guidance scale:\n\n" + as_markdown(table)
+        for scale in args.guidance:
+            here = {name: rows for name, rows in table.items() if f"{scale:g}" in rows}
+            text += f"\n\nAll at guidance {scale:g}:\n\n" + as_markdown(here, f"{scale:g}")
+        (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
