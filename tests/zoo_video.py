@@ -183,6 +183,38 @@ add(
         _frames,
     )
 )
+_UNET3D: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+}
+
+
+def _whole(batch: int, length: int) -> Inputs:
+    """Two frames of each video, whose text the class repeats itself."""
+    return {"sample": noise("video", batch, 4, 2, 8, 8), "encoder_hidden_states": text(batch, length, 12)}
+
+
+add(Specimen("unet-3d", "UNet3DConditionModel", _UNET3D, _whole, checkpoints=False))
+add(
+    Specimen(
+        "i2vgen-xl",
+        "I2VGenXLUNet",
+        _UNET3D,
+        lambda batch, length: {
+            **_whole(batch, length),
+            "fps": torch.full((batch,), 8),
+            "image_latents": noise("image", batch, 4, 2, 8, 8),
+            "image_embeddings": noise("seen", batch, 12),
+        },
+        checkpoints=False,
+    )
+)
 
 
 def _kandinsky6(sound: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Other video transformers that read text by cross-attention, and the UNet of AnimateDiff."""
+"""Other video transformers that read text by cross-attention, and the UNets: AnimateDiff, ModelScope, I2VGen-XL."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +26,13 @@ SANA_VIDEO = replace(LTX, name="sana-video", denoiser="SanaVideoTransformer3DMod
 # Blocks between frames have lists of their own and read no text; the others see the text once for each frame.
 LATTE = replace(LTX, name="latte", denoiser="LatteTransformer3DModel")
 ANIMATE_DIFF = replace(UNET, name="animate-diff", denoiser="UNetMotionModel")
+UNET3D = replace(
+    UNET,
+    name="unet-3d",
+    denoiser="UNet3DConditionModel",
+    defaults=lambda config: {"num_tokens": 4, "stages": ["down"], "num_timestep_bins": 100},
+)
+I2VGEN_XL = replace(UNET3D, name="i2vgen-xl", denoiser="I2VGenXLUNet")
 
 
 def _ltx2_width(config: Mapping[str, Any]) -> int:
