@@ -17,6 +17,7 @@ from .dual_stream import (
     JOY_IMAGE_EDIT_PLUS,
 )
 from .flux import BRIA, CHROMA, FIBO, FLUX, FLUX2, FLUX3, LONGCAT_IMAGE, OVIS_IMAGE
+from .packed import COSMOS3, MINIMAX_H3
 from .qwen import NUCLEUS_IMAGE, QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
 from .single_stream import ERNIE_IMAGE, FIBO2, IDEOGRAM4, KREA2, LUMINA2, OMNIGEN, Z_IMAGE
@@ -74,7 +75,8 @@ _VIDEO_DUAL = (
     MOTIF_VIDEO,
 )
 _IMAGES = (*_UNETS, *_FLUXES, *_QWENS, *_DUAL_STREAM, *_SINGLE_STREAM, *_CROSS_ATTENTION)
-_BUILT_IN = (*_IMAGES, *_VIDEO_WAN, *_VIDEO_CROSS, *_VIDEO_DUAL)
+_PACKED = (COSMOS3, MINIMAX_H3)
+_BUILT_IN = (*_IMAGES, *_PACKED, *_VIDEO_WAN, *_VIDEO_CROSS, *_VIDEO_DUAL)
 _FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in _BUILT_IN}
 
 
@@ -94,6 +96,11 @@ def register_family(spec: FamilySpec) -> None:
                 f"{other.name!r} for {other.denoiser}; choose another name, or use the registered spec"
             )
     _FAMILIES[spec.denoiser] = spec
+
+
+def built_in_families() -> tuple[FamilySpec, ...]:
+    """Returns the specs that this package brings."""
+    return _BUILT_IN
 
 
 def supported_denoisers() -> list[str]:
@@ -127,6 +134,7 @@ __all__ = [
     "Group",
     "Side",
     "Timestep",
+    "built_in_families",
     "family_of",
     "is_supported",
     "register_family",
