@@ -298,6 +298,7 @@ _HUNYUAN: dict[str, Any] = {
     "pooled_projection_dim": 6,
     "rope_axes_dim": (4, 4, 4),
 }
+_POSITIONS = "text rows have positions that differ"
 _REFINED = "a refiner mixes the rows of text first"
 _POOLED: dict[str, Any] = {
     "pooled_projections": lambda batch: noise("pooled", batch, 6),
@@ -491,5 +492,86 @@ add(
         _video(image_embeds=lambda batch: noise("seen", batch, 3, 6)),
         mask=_mask,
         front=3,
+    )
+)
+
+
+def _cosmos3(batch: int, length: int) -> Inputs:
+    """Text and two frames of one patch, each with a timestep; there is no batch."""
+    return {
+        "input_ids": torch.arange(1, length + 1),
+        "text_indexes": torch.arange(length),
+        "position_ids": torch.arange(length + 2).expand(3, length + 2),
+        "und_len": length,
+        "sequence_length": length + 2,
+        "vision_tokens": [noise("video", 1, 4, 2, 2, 2)],
+        "vision_token_shapes": [(2, 1, 1)],
+        "vision_sequence_indexes": torch.arange(length, length + 2),
+        "vision_mse_loss_indexes": torch.arange(length, length + 2),
+        "vision_noisy_frame_indexes": [torch.arange(2)],
+    }
+
+
+add(
+    Specimen(
+        "cosmos3",
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": 12,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "latent_channel": 4,
+            "patch_latent_dim": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+            "rope_axes_dim": (2, 2, 2),
+            "vocab_size": 16,
+            "timestep_scale": 0.001,
+        },
+        _cosmos3,
+        text="input_ids",
+        positioned=_POSITIONS,
+    )
+)
+
+
+def _minimax(batch: int, length: int) -> Inputs:
+    """Text, two rows of sound and four of video, of two timesteps."""
+    rows = length + 6
+    tags = torch.tensor([1] * length + [2] * 2 + [0] * 4)
+    return {
+        "hidden_states": noise("video", batch, 4, 8),
+        "audio_hidden_states": noise("sound", batch, 2, 6),
+        "encoder_hidden_states": text(batch, length, 10),
+        "timestep_indices": (tags == 2).long(),
+        "token_tags": tags,
+        "position_ids": torch.arange(rows)[:, None].expand(rows, 3),
+        "text_indices": torch.arange(length),
+        "audio_indices": torch.arange(length, length + 2),
+        "video_indices": torch.arange(length + 2, rows),
+    }
+
+
+add(
+    Specimen(
+        "minimax-h3",
+        "MiniMaxH3Transformer3DModel",
+        {
+            **_HEADS,
+            "hidden_size": 16,
+            "num_layers": 3,
+            "num_refiner_layers": 1,
+            "ffn_dim": 24,
+            "in_channels": 2,
+            "audio_in_channels": 6,
+            "text_dim": 10,
+            "freq_dim": 8,
+            "time_embed_hidden_dim": 8,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 2,
+        },
+        _minimax,
+        positioned=_REFINED,
     )
 )

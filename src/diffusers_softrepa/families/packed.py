@@ -1,0 +1,41 @@
+"""Denoisers of one packed sequence, whose rows and not its samples have levels of noise: the noisiest counts."""
+
+from .spec import FamilySpec, Group, Side, Timestep, named_width, recipe
+
+_HIDDEN_SIZE = named_width("hidden_size")
+
+# Text is causal and has no batch: tokens come first, so that all of it sees them. Rotary rows are cos and sin of the
+# text, then of the rest.
+COSMOS3 = FamilySpec(
+    name="cosmos3",
+    denoiser="Cosmos3OmniTransformer",
+    groups=(
+        Group(
+            "layers",
+            text="und_seq",
+            returns=0,
+            seq_dim=0,
+            sides=(Side("rotary_emb", dim=0, select=0), Side("rotary_emb", dim=0, select=1)),
+        ),
+    ),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_hidden_layers"),
+    timestep=Timestep("vision_timesteps", per_sample=False),
+)
+
+# Text, sound and video in one sequence, text first; each row names its modulation by an index.
+MINIMAX_H3 = FamilySpec(
+    name="minimax-h3",
+    denoiser="MiniMaxH3Transformer3DModel",
+    groups=(
+        Group(
+            "transformer_blocks",
+            text="hidden_states",
+            returns="self",
+            sides=(Side("adaln_indices", dim=0), Side("rotary_emb", dim=0, each=True)),
+        ),
+    ),
+    width=_HIDDEN_SIZE,
+    defaults=recipe(_HIDDEN_SIZE, "num_layers"),
+    timestep=Timestep(scale=1000.0, reverse=True, per_sample=False),
+)
