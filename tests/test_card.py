@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig
-from diffusers_softrepa.card import model_card, refreshed, section
+from diffusers_softrepa.card import model_card, pictures_of, refreshed, section
 
 
 def config_of(family: tiny.Family, **fields: Any) -> SoftREPAConfig:
@@ -119,3 +119,22 @@ def test_metadata_that_are_no_yaml_are_left_alone():
     card = card_of(tiny.FAMILIES[2], num_tokens=2).replace("---\n", "---\n{: broken\n", 1)
     again = refreshed(card, card_of(tiny.FAMILIES[2], num_tokens=3))
     assert "{: broken" in again and "| tokens per layer | 3 |" in again
+
+
+def test_a_licence_is_written_when_it_is_given_and_stays_when_it_is_not():
+    config = config_of(tiny.FAMILIES[2])
+    with_licence = str(model_card(config, "user/tokens", license="apache-2.0"))
+    assert ModelCard(with_licence).data.license == "apache-2.0"
+    assert "license" not in model_card(config, "user/tokens").data.to_dict()
+    assert ModelCard(refreshed(with_licence, str(model_card(config, "user/tokens")))).data.license == "apache-2.0"
+
+
+def test_the_pictures_of_a_card_are_those_beside_it():
+    gallery = "widget:\n- text: a cat\n  output:\n    url: pictures/00.png\n"
+    text = (
+        "![here](curves.png) ![twice](curves.png) ![elsewhere](https://example.org/a.png) ![up](../secret.png) "
+        "![up](a/../../secret.png) ![root](/etc/a.png) ![no picture](training_state.pt) [a link](linked.png)"
+    )
+    assert pictures_of(f"---\n{gallery}---\n{text}") == ["curves.png", "pictures/00.png"]
+    assert pictures_of("---\n{: broken\n---\n![here](a.png)") == ["a.png"]
+    assert pictures_of("no metadata, no pictures") == []

@@ -481,3 +481,17 @@ def test_the_hub_keywords_are_those_of_lora():
 def test_add_and_load_ask_nothing_of_the_hub_but_what_was_named(hub: Any, denoiser: Any):
     add_softrepa(denoiser)
     assert hub.requests == []
+
+
+def test_pictures_that_the_card_shows_go_with_it(hub: Any, denoiser: nn.Module, tmp_path: Path):
+    folder = tmp_path / "tokens"
+    add_softrepa(denoiser)
+    denoiser.save_softrepa(folder)
+    (folder / "mine.png").write_bytes(b"a picture")
+    (folder / "other.png").write_bytes(b"not shown")
+    (folder / CARD).write_text((folder / CARD).read_text() + "\n![mine](mine.png) ![gone](gone.png)\n")
+    denoiser.save_softrepa(folder, push_to_hub=True, repo_id=REPO, token=ALICE, license="apache-2.0")
+    assert set(hub.files(REPO)) == {WEIGHTS, CONFIG, CARD, "mine.png"}
+    card = ModelCard(hub.files(REPO)[CARD].decode())
+    card.validate()
+    assert card.data.license == "apache-2.0"

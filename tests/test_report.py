@@ -15,6 +15,7 @@ from diffusers_softrepa.config import SoftREPAConfig
 from diffusers_softrepa.tokens import SoftTokens
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
 from diffusers_softrepa.training.report import Data, data_name, draw_curves, write_report
+from diffusers_softrepa.training.validation import pictures_of_grid, side_by_side_grid
 
 pytest_plugins = ["hub_server"]
 
@@ -35,7 +36,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
     (tmp_path / "validation").mkdir()
     for step, colour in ((0, "black"), (20, "white")):
-        Image.new("RGB", (8, 8), colour).save(tmp_path / "validation" / f"step-{step:06d}.png")
+        side_by_side_grid([(Image.new("RGB", (8, 8), colour), Image.new("RGB", (8, 8), "red"))], ["a red cat"]).save(
+            tmp_path / "validation" / f"step-{step:06d}.png"
+        )
     return tmp_path
 
 
@@ -71,10 +74,42 @@ def test_the_folder_gets_curves_the_last_pictures_and_settings_without_the_token
     with Image.open(folder / "curves.png") as curves, Image.open(folder / "validation.png") as pictures:
         assert curves.size == (1320, 704)
         assert len(np.unique(np.asarray(curves.convert("L")))) > 20
-        assert pictures.getpixel((0, 0)) == (255, 255, 255)
+        assert pictures.getpixel((0, 20)) == (255, 255, 255)
     settings = json.loads((folder / "training_args.json").read_text())
     assert settings["seed"] == 7 and "hub_token" not in settings
     assert ContrastiveFlowMatchingArguments(**settings).seed == 7
+
+
+def test_the_gallery_shows_what_was_drawn_with_tokens_for_each_prompt(folder: Path):
+    data = ModelCard(reported(folder)).data
+    assert data.widget == [{"text": "a red cat", "output": {"url": "pictures/00.png"}}]
+    with Image.open(folder / "pictures" / "00.png") as picture:
+        assert picture.size == (8, 8) and picture.getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_picture_drawn_anew_replaces_its_example_in_the_gallery(folder: Path):
+    path = folder / "README.md"
+    reported(folder)
+    mine = "- text: mine\n  output:\n    url: mine.png\n"
+    path.write_text(path.read_text().replace("widget:\n", f"widget:\n{mine}").replace("a red cat", "an old cat"))
+    gallery = ModelCard(reported(folder)).data.widget
+    assert [example["text"] for example in gallery] == ["mine", "a red cat"]
+
+
+def test_a_grid_comes_apart_into_its_pictures():
+    pairs = [
+        tuple(Image.new("RGB", (12, 8), colour) for colour in row) for row in (("red", "blue"), ("white", "black"))
+    ]
+    found = pictures_of_grid(side_by_side_grid(pairs, ["one", "two"]), 2)
+    assert [[p.tobytes() for p in row] for row in found] == [[p.tobytes() for p in row] for row in pairs]
+    assert pictures_of_grid(Image.new("RGB", (8, 8)), 1) == []
+
+
+def test_the_licence_stands_in_the_metadata_and_not_among_the_settings(folder: Path):
+    card = reported(folder, hub_license="apache-2.0")
+    assert ModelCard(card).data.license == "apache-2.0"
+    assert "hub_license" not in card
+    assert ModelCard(reported(folder)).data.license == "apache-2.0"
 
 
 def test_a_second_report_replaces_its_section_and_nothing_else(folder: Path):
@@ -147,6 +182,7 @@ def test_training_ends_with_a_report_that_is_pushed(hub: Any, tmp_path: Path):
         "README.md",
         "curves.png",
         "validation.png",
+        "pictures/00.png",
     }
     assert files["curves.png"] == (tmp_path / "tokens" / "curves.png").read_bytes()
     card = files["README.md"].decode()

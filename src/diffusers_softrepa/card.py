@@ -5,7 +5,8 @@ changed inside them: what people write around them stays, and a card without the
 """
 
 import re
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -43,19 +44,23 @@ Steer it with `pipe.set_softrepa("softrepa", 0.5)`, switch it off with `pipe.dis
 Method: [SoftREPA](https://arxiv.org/abs/2503.08250), contrastive soft text tokens."""
 
 
-def model_card(config: SoftREPAConfig, repo_id: str, *, weight_name: str | None = None) -> ModelCard:
+def model_card(
+    config: SoftREPAConfig, repo_id: str, *, weight_name: str | None = None, license: str | None = None
+) -> ModelCard:
     """Returns the card of an adapter.
 
     Args:
         config: What the adapter is. Its base model is named if it is on the Hub; a path is nobody else's business.
         repo_id: Where it will be found.
         weight_name: Its file's name where that is not the usual one.
+        license: Its licence in the Hub's spelling, such as `"apache-2.0"`.
     """
     base = hub_id(config.base_model_name_or_path)
     metadata: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
         "library_name": "diffusers",
+        "license": license,
         "pipeline_tag": "text-to-image",
         "tags": ["softrepa", "diffusers", "text-to-image", "adapter", config.family],
     }
@@ -97,7 +102,7 @@ def refreshed(existing: str, fresh: str) -> str:
         existing: The card that is there. Without a section it was written by hand, and comes back as it is.
         fresh: The newly written card. Its sections replace those of the same name; new ones follow the last one.
             Its metadata replace those of the same key, lists are joined, results replace those of the same
-            metric on the same data, further keys stay.
+            metric on the same data, examples of the gallery those of the same picture, further keys stay.
     """
     if _SECTION.search(existing) is None:
         return existing
@@ -123,8 +128,9 @@ def _with_metadata(existing: str, fresh: str) -> str:
     for key, value in vars(new.data).items():
         old = card.data.get(key)
         if isinstance(value, list) and isinstance(old, list):
-            replaced = {_measured(entry) for entry in value} if key == "eval_results" else set()
-            kept = [entry for entry in old if not replaced or _measured(entry) not in replaced]
+            identity = _IDENTITIES.get(key)
+            replaced = [identity(entry) for entry in value] if identity else []
+            kept = [entry for entry in old if not identity or identity(entry) not in replaced]
             value = [*kept, *(entry for entry in value if entry not in kept)]
         if value is not None:
             card.data[key] = value
@@ -134,6 +140,33 @@ def _with_metadata(existing: str, fresh: str) -> str:
 def _measured(result: EvalResult) -> tuple[object, str]:
     """Returns what a result is of: a task on a data set, and a metric."""
     return result.unique_identifier, result.metric_type
+
+
+def _pictured(example: Any) -> Any:
+    """Returns the file that an example of the gallery shows."""
+    return example.get("output", {}).get("url") if isinstance(example, dict) else example
+
+
+def pictures_of(card: str) -> list[str]:
+    """Returns the files beside a card that it shows: pictures in its text, and those of its gallery."""
+    named = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card)
+    try:
+        gallery = ModelCard(card, ignore_metadata_errors=True).data.get("widget") or []
+    except (yaml.YAMLError, ValueError):
+        gallery = []
+    named += [found for example in gallery if isinstance(found := _pictured(example), str)]
+    return list(dict.fromkeys(name for name in named if _is_beside(name)))
+
+
+def _is_beside(name: str) -> bool:
+    """Whether it is a picture in the card's own folder, and no address or path to elsewhere."""
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ":" not in name and not {"..", "."} & set(path.parts)
+    return inside and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+# What makes an entry of a list another version of the same thing.
+_IDENTITIES: dict[str, Callable[[Any], Any]] = {"eval_results": _measured, "widget": _pictured}
 
 
 def hub_id(name: str | None) -> str | None:

@@ -63,6 +63,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     *,
     weight_name: str | None = None,
+    license: str | None = None,
 ) -> list[str]:
     """Writes an adapter folder: weights, config and model card.
 
@@ -88,7 +89,8 @@ def save_checkpoint(
     metadata = {"format": "pt", METADATA_KEY: text, "modelspec.architecture": f"{config.family}/softrepa"}
     _write_whole(directory / weight_name, _with_sorted_header(save(kept, metadata=metadata)))
     _write_whole(directory / CONFIG_NAME, f"{text}\n".encode())
-    card = model_card(config, UNKNOWN_REPO, weight_name=None if weight_name == WEIGHTS_NAME else weight_name)
+    unusual = None if weight_name == WEIGHTS_NAME else weight_name
+    card = model_card(config, UNKNOWN_REPO, weight_name=unusual, license=license)
     write_card(directory, str(card))
     return [weight_name, CONFIG_NAME, CARD_NAME]
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .card import refreshed
+from .card import pictures_of, refreshed
 
 CARD_NAME = "README.md"
 UNKNOWN_REPO = "user/this-adapter"  # stands for the repository in a card that is written before it is known
@@ -157,7 +157,7 @@ def push_folder(
     """Uploads files of a folder to a Hub repository, created if there is none.
 
     Of a model card that the repository already has only the sections that this package wrote are brought up to date;
-    see `card`. A new one names the repository.
+    see `card`. A new one names the repository. Pictures that the folder's card shows go with it.
 
     Returns:
         The URL of the commit or of the pull request.
@@ -173,6 +173,8 @@ def push_folder(
         operations = [CommitOperationAdd(name, directory / name) for name in filenames if name != CARD_NAME]
         if CARD_NAME in filenames:
             card = (directory / CARD_NAME).read_text(encoding="utf-8").replace(UNKNOWN_REPO, repo_id)
+            shown = [name for name in pictures_of(card) if name not in filenames and (directory / name).is_file()]
+            operations += [CommitOperationAdd(name, directory / name) for name in shown]
             existing = _pushed_card(api, repo_id, revision)
             card = card if existing is None else refreshed(existing, card)
             if card != existing:

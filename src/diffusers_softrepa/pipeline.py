@@ -154,6 +154,7 @@ def save_softrepa(
     commit_message: str | None = None,
     create_pr: bool = False,
     revision: str | None = None,
+    license: str | None = None,
 ) -> str | None:
     """Saves one adapter as a folder that `load_softrepa` reads, and shares it on the Hub if asked.
 
@@ -170,6 +171,8 @@ def save_softrepa(
         commit_message: Message of the commit.
         create_pr: Open a pull request instead of committing.
         revision: Branch to commit to.
+        license: Licence for the model card in the Hub's spelling, such as `"apache-2.0"`; none is written unless
+            given, and the one that a card has stays.
 
     Returns:
         The URL of the commit or pull request on the Hub, None when nothing was pushed.
@@ -187,13 +190,15 @@ def save_softrepa(
     for component, adapter in chosen.items():
         tensors = dict(adapter.tokens.state_dict())
         if len(hosts) == 1:
-            files = save_checkpoint(save_directory, adapter.config, tensors, weight_name=weight_name)
+            files = save_checkpoint(save_directory, adapter.config, tensors, weight_name=weight_name, license=license)
         else:
             made = save_checkpoint(Path(save_directory) / component, adapter.config, tensors, weight_name=weight_name)
             files += [f"{component}/{file}" for file in made if file != CARD_NAME]
     if len(hosts) > 1:
         config = next(iter(chosen.values())).config
-        write_card(Path(save_directory), str(model_card(config, UNKNOWN_REPO, weight_name=weight_name)))
+        write_card(
+            Path(save_directory), str(model_card(config, UNKNOWN_REPO, weight_name=weight_name, license=license))
+        )
         files.append(CARD_NAME)
     if not push_to_hub:
         return None

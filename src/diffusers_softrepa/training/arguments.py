@@ -119,6 +119,7 @@ class ContrastiveFlowMatchingArguments:
     push_to_hub: bool = _option("Share the trained adapter on the Hub.", False)
     hub_model_id: str | None = _option("Repository; the output folder's name in your namespace unless given.")
     hub_private: bool | None = _option("Whether a repository made now is private.")
+    hub_license: str | None = _option("Licence for the model card, such as apache-2.0; none unless given.")
     hub_token: str | None = _option("Token; the stored one unless given.")
     dry_run: bool = _option("Print steps, parameters and memory, and stop.", False)
 

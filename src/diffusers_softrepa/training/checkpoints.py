@@ -27,7 +27,8 @@ _MAY_CHANGE = frozenset((
     "cache_text", "cache_dir", "max_cache_gigabytes", "dataloader_num_workers", "max_broken", "logging_steps",
     "report_to", "validation_prompts", "validation_steps", "validation_seed", "num_validation_inference_steps",
     "validation_guidance_scale", "num_evaluation_batches", "save_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private", "dry_run",
+    "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private", "hub_license",
+    "dry_run",
 ))
 # fmt: on
 

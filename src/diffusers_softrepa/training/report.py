@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
@@ -20,11 +21,13 @@ from ..config import SoftREPAConfig
 from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
 from .arguments import ContrastiveFlowMatchingArguments
 from .journal import LOG_NAME, read_log
+from .validation import pictures_of_grid, save_picture
 
 SETTINGS_NAME = "training_args.json"
 CURVES_NAME = "curves.png"
 PICTURES_NAME = "validation.png"
 VALIDATION_FOLDER = "validation"
+GALLERY_FOLDER = "pictures"
 
 _ESSENTIAL = ("objective", "train_batch_size", "learning_rate", "resolution", "mixed_precision", "seed")
 _PRIVATE = {  # paths of this machine, and what is nobody's concern once training is over
@@ -38,6 +41,7 @@ _PRIVATE = {  # paths of this machine, and what is nobody's concern once trainin
     "hub_model_id",
     "hub_private",
     "hub_token",
+    "hub_license",
     "report_to",
     "logging_steps",
     "dataloader_num_workers",
@@ -90,7 +94,7 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
     pictures = sorted((folder / VALIDATION_FOLDER).glob("step-*.png"))
     if pictures:
         shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
-        shown.append(PICTURES_NAME)
+        shown += [PICTURES_NAME, *_write_gallery(folder, len(args.validation_prompts))]
     config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
     write_card(folder, _card(args, config, data, log, shown, steps=steps, num_captions=num_captions))
     return shown
@@ -103,11 +107,10 @@ def push_report(args: ContrastiveFlowMatchingArguments) -> str:
         OSError: The Hub refused; the folder is untouched.
     """
     folder = Path(args.output_dir)
-    shown = [name for name in (CURVES_NAME, PICTURES_NAME) if (folder / name).is_file()]
     return push_folder(
         folder,
         args.hub_model_id or folder.resolve().name,
-        [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *shown],
+        [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
         private=args.hub_private,
         token=args.hub_token,
     )
@@ -182,9 +185,10 @@ def _card(
     steps: int,
     num_captions: int,
 ) -> str:
-    card = model_card(config, UNKNOWN_REPO)
+    card = model_card(config, UNKNOWN_REPO, license=args.hub_license)
     names = list(dict.fromkeys(name for name in (data.train_name, data.eval_name) if name))
     card.data["datasets"] = names or None
+    card.data["widget"] = _widget(args, shown)
     held_out = [entry for entry in log if f"{_HELD_OUT}top1" in entry]
     if held_out:
         card.data["model_name"] = UNKNOWN_REPO
@@ -203,6 +207,23 @@ def _card(
     ]
     card.text += "\n" + section("training", "\n\n".join(parts)) + "\n"
     return str(card)
+
+
+def _write_gallery(folder: Path, rows: int) -> list[str]:
+    """Writes each picture with tokens of the validation grid as a file of its own, and returns their names."""
+    with Image.open(folder / PICTURES_NAME) as grid:
+        pictures = pictures_of_grid(grid.convert("RGB"), rows)
+    names = [f"{GALLERY_FOLDER}/{row:02d}.png" for row in range(len(pictures))]
+    for name, (_, with_tokens) in zip(names, pictures, strict=True):
+        save_picture(with_tokens, folder / name)
+    return names
+
+
+def _widget(args: ContrastiveFlowMatchingArguments, shown: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Returns the gallery that the Hub shows: prompts, and what the adapter drew of them."""
+    names = [name for name in shown if name.startswith(f"{GALLERY_FOLDER}/")]
+    examples = zip(args.validation_prompts, names, strict=False)
+    return [{"text": prompt, "output": {"url": name}} for prompt, name in examples] or None
 
 
 def _settings(args: ContrastiveFlowMatchingArguments) -> list[tuple[str, Any]]:

@@ -119,6 +119,19 @@ def side_by_side_grid(pictures: Sequence[tuple[Image.Image, Image.Image]], promp
     return grid
 
 
+def pictures_of_grid(grid: Image.Image, rows: int) -> list[tuple[Image.Image, Image.Image]]:
+    """Returns the pictures of such a grid: (base, adapter) of each row; the inverse of `side_by_side_grid`."""
+    width, cell = grid.width // 2, grid.height // max(rows, 1)
+    return [
+        (
+            grid.crop((0, row * cell + _CAPTION_HEIGHT, width, (row + 1) * cell)),
+            grid.crop((width, row * cell + _CAPTION_HEIGHT, 2 * width, (row + 1) * cell)),
+        )
+        for row in range(rows)
+        if cell > _CAPTION_HEIGHT
+    ]
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Saves a picture, with its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
