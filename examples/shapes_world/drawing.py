@@ -44,7 +44,7 @@ class Measured:
 
 def load_base(path: Path | str = BASE) -> StableDiffusion3Pipeline:
     """Loads the embedded pipeline in single precision; it reports no progress."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

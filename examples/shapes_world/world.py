@@ -7,7 +7,7 @@ are false there. Seven skills, the six of GenEval's table (arXiv 2310.11513) and
     single_object  "a circle"                      counting   "three red squares"
     colors         "a red circle"                  position   "a circle left of a blue square"
     two_object     "a circle and a square"         color_attr "a red circle and a blue square"
-    long           "two red circles and a blue square", "a red circle above a blue square and a green cross"
+    long           "two red circles and a blue square", "a red circle above a blue square and a cross"
 
 Pictures are 32 x 32 RGB. Coordinates are pixels, x to the right and y downwards.
 """
@@ -209,7 +209,7 @@ def random_ask(rng: np.random.Generator, skill: str | None = None) -> Ask:
         wants = (replace(first, count=2), second) if rng.random() < 0.5 else (first, replace(second, count=2))
     elif skill == "long":
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
-        wants = tuple(Want(1, color[i], distinct[i]) for i in range(3))
+        wants = (Want(1, color[0], distinct[0]), Want(1, color[1], distinct[1]), Want(1, None, distinct[2]))
     else:
         raise ValueError(f"skill must be one of {', '.join(SKILLS)}, but is {skill!r}")
     return Ask(skill, wants, relation, int(rng.integers(6)))
