@@ -26,7 +26,7 @@ LABEL_HEIGHT = 14
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     """Edits what the command line says and returns the files written."""
     given = _parser().parse_args(arguments)
-    pipe = DiffusionPipeline.from_pretrained(given.pipeline, torch_dtype=getattr(torch, given.dtype))
+    pipe = DiffusionPipeline.from_pretrained(given.pipeline, dtype=getattr(torch, given.dtype))
     pipe.to(given.device)
     images = [load_image(path) for path in given.image]
     if given.adapter is not None:

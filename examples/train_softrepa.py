@@ -48,7 +48,7 @@ class ModelArguments:
     pretrained_model_name_or_path: str = field(metadata={"help": "Text-to-image pipeline: Hub id or folder."})
     revision: str | None = option("Branch, tag or commit of it.")
     variant: str | None = option("Variant of its files, such as fp16.")
-    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         "Precision that it is loaded in. mixed_precision then decides in what denoiser and text encoders train."
     )
     adapter: str | None = option("Train on this adapter, a folder or Hub id, instead of a fresh one.")
@@ -138,8 +138,8 @@ def check_known(names: Any, known: set[str], where: str) -> None:
 def load_pipeline(model: ModelArguments, token: str | None) -> Any:
     """Returns the pipeline to train, as it was published."""
     given = {"revision": model.revision, "variant": model.variant, "token": token}
-    if model.torch_dtype is not None:
-        given["torch_dtype"] = getattr(torch, model.torch_dtype)
+    if model.dtype is not None:
+        given["dtype"] = getattr(torch, model.dtype)
     return DiffusionPipeline.from_pretrained(
         model.pretrained_model_name_or_path, **{name: value for name, value in given.items() if value is not None}
     )
