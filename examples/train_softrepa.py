@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa
+from diffusers_softrepa.conditioning import conditioner_of
 from diffusers_softrepa.families import family_of, text_blocks
 from diffusers_softrepa.pipeline import denoiser_of
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
 from diffusers_softrepa.training.checkpoints import Checkpoints
-from diffusers_softrepa.training.conditioning import conditioner_of
 from diffusers_softrepa.training.sources import load_rows
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")

@@ -28,7 +28,8 @@ ARROWS: dict[str, set[str]] = {
     "noising": set(),
     "pairs": set(),
     "objectives": {"pairs"},
-    "editing": {"adapter", "noising", "training"},  # of training, its conditioners
+    "conditioning": {"families", "noising", "pipeline"},
+    "editing": {"adapter", "conditioning", "noising"},
     "evaluation": {"adapter", "card", "checkpoint", "config", "hub", "pipeline"},
     # Editing, evaluation and training only when they are asked for.
     "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},

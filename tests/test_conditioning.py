@@ -25,10 +25,9 @@ from torch.nn.functional import mse_loss, pixel_shuffle, pixel_unshuffle
 from torch.testing import assert_close
 
 import tiny
-from diffusers_softrepa import add_softrepa, softrepa_parameters
+from diffusers_softrepa import add_softrepa, conditioning, softrepa_parameters
+from diffusers_softrepa.conditioning import Conditioner, concatenate, conditioner_of, take
 from diffusers_softrepa.pairs import pair_errors
-from diffusers_softrepa.training import conditioning
-from diffusers_softrepa.training.conditioning import Conditioner, concatenate, conditioner_of, take
 from golden import NAMES, Golden, golden
 
 CAPTIONS = ["a red cat", "two dogs, a tree"]
@@ -381,7 +380,7 @@ def test_a_pipeline_that_does_not_start_from_noise_is_refused():
 def test_a_family_without_a_conditioner_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(conditioning, "_CONDITIONERS", conditioning._CONDITIONERS[:3])
     with pytest.raises(
-        ValueError, match="needs a conditioner for family 'flux', and there is none, only for sd3, unet"
+        ValueError, match="need a conditioner for family 'flux', and there is none, only for sd3, unet"
     ):
         conditioner_of(tiny.flux_pipeline())
 
@@ -413,5 +412,7 @@ def test_a_unet_that_is_not_a_plain_text_to_image_one_is_refused(change: dict[st
 def test_a_pipeline_without_a_scheduler_is_refused():
     pipe = tiny.sd15_pipeline()
     pipe.scheduler = None
-    with pytest.raises(ValueError, match="training needs scheduler, but this StableDiffusionPipeline has none"):
+    with pytest.raises(
+        ValueError, match="calling the denoiser needs scheduler, but this StableDiffusionPipeline has none"
+    ):
         conditioner_of(pipe)

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pixel_shuffle, pixel_unshuffle
 from torch.testing import assert_close
 
+from diffusers_softrepa import conditioning
+from diffusers_softrepa.conditioning import Conditioner, concatenate, conditioner_of
 from diffusers_softrepa.noising import Noising
 from diffusers_softrepa.pairs import pair_errors
-from diffusers_softrepa.training import conditioning
-from diffusers_softrepa.training.conditioning import Conditioner, concatenate, conditioner_of
 from zoo_pipelines import ZOO, Entry, sana_pipeline
 
 pytestmark = [

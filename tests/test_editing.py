@@ -16,11 +16,11 @@ from torch.testing import assert_close
 import tiny
 from diffusers_softrepa import editing, flow_edit
 from diffusers_softrepa.adapter import adapters_of
+from diffusers_softrepa.conditioning import concatenate, conditioner_of
 from diffusers_softrepa.editing.flow import edit_latents
 from diffusers_softrepa.editing.guidance import Guided, adapters_off
 from diffusers_softrepa.editing.images import read_images
 from diffusers_softrepa.editing.levels import Level, Step, sampling_steps
-from diffusers_softrepa.training.conditioning import concatenate, conditioner_of
 from golden import Golden, golden
 from test_conditioning import golden_pipeline
 

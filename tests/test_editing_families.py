@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 import tiny
 from diffusers_softrepa import flow_edit, invert, regenerate
+from diffusers_softrepa.conditioning import conditioner_of
 from diffusers_softrepa.editing.levels import sampling_steps
-from diffusers_softrepa.training.conditioning import conditioner_of
 from zoo_pipelines import ZOO, Entry
 
 pytestmark = [

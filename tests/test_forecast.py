@@ -11,9 +11,9 @@ from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 
 import tiny
+from diffusers_softrepa.conditioning.conditions import take
 from diffusers_softrepa.pairs import pair_errors
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.conditioning.conditions import take
 from diffusers_softrepa.training.forecast import Forecast, activation_bytes, human_bytes
 
 

@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 import tiny
 from diffusers_softrepa import invert, regenerate
+from diffusers_softrepa.conditioning import conditioner_of
 from diffusers_softrepa.editing.levels import Level, Step
-from diffusers_softrepa.training.conditioning import conditioner_of
 from test_conditioning import v_prediction_pipeline
 
 PROMPT, OTHER = "a red cat", "two dogs, a tree"

@@ -24,8 +24,8 @@ from peft import LoraConfig
 from world import SKILLS, prompts, random_ask, random_background, render
 
 from diffusers_softrepa import SoftREPAConfig
+from diffusers_softrepa.conditioning import conditioner_of
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.conditioning import conditioner_of
 
 ADAPTERS = Path(__file__).parent / "adapters"
 PICTURES = 2000  # that adapters learn from, captions all true

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import adapters_of
-from ..training.conditioning import Conditioner, Conditions, concatenate, conditioner_of, take
+from ..conditioning import Conditioner, Conditions, concatenate, conditioner_of, take
 from .request import texts
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..training.conditioning import Conditioner
+from ..conditioning import Conditioner
 
 OutputType = Literal["pil", "pt", "np", "latent"]
 Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image] | Sequence[np.ndarray] | Sequence[Tensor]

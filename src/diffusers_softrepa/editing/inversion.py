@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conditioning import Conditioner
 from ..noising import Prediction
-from ..training.conditioning import Conditioner
 from .guidance import Guided, conditioner_for, guided, negative_texts
 from .images import Images, OutputType, check_output_type, read_images, show
 from .levels import Step, sampling_steps

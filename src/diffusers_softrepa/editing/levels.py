@@ -22,8 +22,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from ..conditioning import Conditioner
 from ..noising import NUM_TRAIN_TIMESTEPS, Prediction
-from ..training.conditioning import Conditioner
 
 
 class Level(NamedTuple):

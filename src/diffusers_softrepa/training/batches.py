@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..conditioning.conditions import Conditions, concatenate
 from ..noising import Noising, sample_timesteps
 from ..pairs import candidate_mask
 from .arguments import ContrastiveFlowMatchingArguments
-from .conditioning.conditions import Conditions, concatenate
 from .engine import PairBatch
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
+from ..conditioning import Conditioner
+from ..conditioning.conditions import Conditions
 from ..objectives import Objective
 from ..pairs import pair_errors
 from .arguments import ContrastiveFlowMatchingArguments
 from .cache import estimate
-from .conditioning import Conditioner
-from .conditioning.conditions import Conditions
 from .data import Examples
 from .engine import AUTOMATIC_CHUNK
 from .images import Size

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..conditioning import Conditioner
+from ..conditioning.conditions import Conditions, concatenate
 from .arguments import ContrastiveFlowMatchingArguments
 from .batches import Draws
 from .cache import TensorCache, fill, model_fingerprint
-from .conditioning import Conditioner
-from .conditioning.conditions import Conditions, concatenate
 from .data import Examples
 from .images import Framing
 from .loader import Batch

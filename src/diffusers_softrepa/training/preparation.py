@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ..adapter import adapters_of
+from ..conditioning import Conditioner
 from ..config import SoftREPAConfig
 from ..pipeline import add_softrepa, denoiser_of, set_softrepa
 from .arguments import ContrastiveFlowMatchingArguments
-from .conditioning import Conditioner
 from .images import Framing
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..adapter import Adapter, Adapters, adapters_of
 from ..checkpoint import load_checkpoint, save_checkpoint
+from ..conditioning import conditioner_of
 from ..config import SoftREPAConfig
 from ..hub import check_login
 from ..pipeline import denoiser_of
@@ -31,7 +32,6 @@ from .arguments import ContrastiveFlowMatchingArguments
 from .batches import Draws, draw_noise, draw_timesteps, meet_captions, pair_batch, spread_timesteps
 from .cache import TensorCache
 from .checkpoints import Checkpoints, load_state
-from .conditioning import conditioner_of
 from .data import Examples, open_examples
 from .engine import PairBatch, PairEngine
 from .forecast import Forecast, forecast

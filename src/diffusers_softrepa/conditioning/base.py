@@ -19,9 +19,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
-from ...families import family_of
-from ...noising import Noising
-from ...pipeline import denoiser_of
+from ..families import family_of
+from ..noising import Noising
+from ..pipeline import denoiser_of
 from .conditions import Conditions
 from .latents import denormalised, normalised, vae_latents, vae_pixels
 
@@ -57,7 +57,7 @@ class Conditioner(ABC):
             ValueError: The scheduler is missing or cannot train, or the denoiser reads more than noisy latents.
         """
         self.pipeline = pipeline
-        self._check_present(["scheduler"], "training")
+        self._check_present(["scheduler"], "calling the denoiser")
         self.noising = Noising.from_scheduler(pipeline.scheduler)
         made = self.latent_channels if pipeline.vae is None else self._vae_channels
         if made != self.latent_channels:

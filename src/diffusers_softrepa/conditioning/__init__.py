@@ -6,8 +6,8 @@ To train another pipeline class, write a `Conditioner` for it and name it in `_C
 import inspect
 from typing import Any
 
-from ...families import family_of
-from ...pipeline import denoiser_of
+from ..families import family_of
+from ..pipeline import denoiser_of
 from .base import Conditioner
 from .chroma import ChromaConditioner
 from .conditions import Conditions, concatenate, take
@@ -70,12 +70,12 @@ def _conditioner_class(pipeline: Any) -> type[Conditioner]:
     if not known:
         families = sorted({conditioner.family for conditioner in _CONDITIONERS})
         raise ValueError(
-            f"training needs a conditioner for family {family!r}, and there is none, only for {', '.join(families)}; "
-            "write a Conditioner for it"
+            f"training and editing need a conditioner for family {family!r}, and there is none, only for "
+            f"{', '.join(families)}; write a Conditioner for it"
         )
     names = [name for conditioner in known for name in conditioner.pipelines]
     raise ValueError(
-        f"training family {family!r} needs a {' or '.join(names)}, but got a {type(pipeline).__name__}; "
+        f"family {family!r} needs a {' or '.join(names)}, but got a {type(pipeline).__name__}; "
         f"{' or '.join(f'{name}.from_pipe(pipeline)' for name in names)} makes one of another pipeline of the same "
         "model"
     )
