@@ -7,29 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import diffusers_softrepa.families as families
 import tiny
-from diffusers_softrepa import FamilySpec, Group, SoftREPAConfig, load_softrepa, save_softrepa, softrepa_parameters
+import zoo_pipelines
+from diffusers_softrepa import SoftREPAConfig, load_softrepa, save_softrepa, softrepa_parameters
 
-WIDTH = 24
-WAN = FamilySpec(
-    name="wan",
-    denoiser="WanTransformer3DModel",
-    groups=(Group("blocks", text="encoder_hidden_states"),),
-    width=families.spec.inner_width,
-    defaults=families.spec.recipe(families.spec.inner_width, "num_layers"),
-)
-
-
-@pytest.fixture(autouse=True)
-def _wan(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "WanTransformer3DModel" not in families.supported_denoisers():
-        monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
-        families.register_family(WAN)
+pytest_plugins = ["hub_server"]
 
 
 def transformer(seed: int) -> nn.Module:
@@ -186,3 +180,74 @@ def test_a_saved_pipeline_gets_both_back(tmp_path: Path, caplog: pytest.LogCaptu
         again = WanPipeline.from_pretrained(tmp_path)
     assert not [record for record in caplog.records if "softrepa" in record.name]
     assert_close(generate(again), expected)
+
+
+def test_both_are_pushed_to_the_hub_and_come_back(hub: Any, tmp_path: Path):
+    pipe = pipeline()
+    pipe.add_softrepa(config(pipe))
+    expected = generate(pipe)
+    pipe.save_softrepa(tmp_path / "tokens", push_to_hub=True, repo_id="alice/both", token="hf_alice")
+    assert {name for name in hub.files("alice/both") if name.endswith(".safetensors")} == {
+        "transformer/adapter_model.safetensors",
+        "transformer_2/adapter_model.safetensors",
+    }
+    pipe.unload_softrepa()
+    pipe.load_softrepa("alice/both")
+    assert torch.equal(generate(pipe), expected)
+
+
+def ideogram(monkeypatch: pytest.MonkeyPatch) -> Ideogram4Pipeline:
+    """The guided and the unguided prediction come from models of their own; the language model is left out."""
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=3,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            intermediate_size=32,
+            adaln_dim=8,
+            llm_features_dim=10,
+            mrope_section=(2, 2, 2),
+        ).eval()
+
+    def features(encoder: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor) -> list[Tensor]:
+        return [torch.randn(*ids.shape, 10, generator=torch.Generator().manual_seed(3))]
+
+    monkeypatch.setattr(Ideogram4Pipeline, "_get_text_encoder_hidden_states", staticmethod(features))
+    words = tiny.clip_tokenizer()
+    words.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    return Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=zoo_pipelines.flux2_vae(),
+        text_encoder=tiny.clip_text_encoder(),
+        tokenizer=words,
+        transformer=model(0),
+        unconditional_transformer=model(1),
+    )
+
+
+def test_ideogram_has_an_adapter_on_each_of_its_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    pipe = ideogram(monkeypatch)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        settings = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 8}
+        guidance = {"guidance_scale": 3.0, "guidance_schedule": None}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", generator=generator, output_type="pt", **settings, **guidance).images
+
+    base = draw()
+    pipe.add_softrepa(SoftREPAConfig.for_denoiser(pipe.transformer, init_std=1.0))
+    assert {name.split(".")[0] for name in pipe.softrepa_parameters()} == {"transformer", "unconditional_transformer"}
+    both = draw()
+    pipe.unconditional_transformer.disable_softrepa()
+    one = draw()
+    assert not torch.equal(base, both) and not torch.equal(both, one) and not torch.equal(base, one)
+    pipe.enable_softrepa()
+    pipe.save_softrepa(tmp_path)
+    pipe.unload_softrepa()
+    assert torch.equal(draw(), base)
+    pipe.load_softrepa(tmp_path)
+    assert torch.equal(draw(), both)
