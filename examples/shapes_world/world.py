@@ -36,7 +36,7 @@ CELLS = 3  # things stand in the cells of a 3 x 3 grid, a little off the middle
 _RADII, _JITTER = (4.0, 4.4), 0.3
 _FREE_RADII = (3.8, 5.2)
 RELATION_MARGIN = 2.0  # pixels by which a drawn relation holds more along its axis than across it
-_GAP = 0.8  # pixels between the circles around any two objects
+_GAP, _FREE_GAP = 0.8, 2.0  # pixels between the circles around any two objects
 _OVERSAMPLING = 8
 
 _FRAMES = ("{}", "there is {}", "draw {}")
@@ -293,7 +293,7 @@ def _placed(kinds: Sequence[Want], rng: np.random.Generator, free: bool) -> list
             else:
                 radius = float(rng.uniform(*_RADII))
                 x, y = (rng.integers(CELLS, size=2) + 0.5) * SIZE / CELLS + rng.uniform(-_JITTER, _JITTER, size=2)
-            if all(np.hypot(x - t.x, y - t.y) >= radius + t.radius + _GAP for t in things):
+            if all(np.hypot(x - t.x, y - t.y) >= radius + t.radius + (_FREE_GAP if free else _GAP) for t in things):
                 things.append(Thing(color, kind.shape, float(x), float(y), radius))
                 break
         else:

@@ -1,0 +1,125 @@
+"""The shapes world: captions, pictures, the oracle that reads them, and the small models' words."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes_world"))
+
+import models
+import oracle
+import train_base
+import world
+from world import Ask, Thing, Want
+
+RED_CIRCLE = Thing("red", "circle", 6.0, 6.0, 4.2)
+BLUE_SQUARE = Thing("blue", "square", 26.0, 6.0, 4.2)
+
+
+def drawn(count: int, seed: int = 0, *, free: bool = False) -> list[tuple[Ask, list[Thing], Image.Image]]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        ask = world.random_ask(rng)
+        things = ask.scene(rng, free=free)
+        found.append((ask, things, world.render(things, world.random_background(rng))))
+    return found
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["grid", "free"])
+def test_the_oracle_reads_every_clean_picture(free):
+    scenes = drawn(200, free=free)
+    table = oracle.accuracy([image for *_, image in scenes], [ask for ask, *_ in scenes])
+    assert table == dict.fromkeys((*world.SKILLS, "total"), 1.0)
+
+
+def test_the_oracle_finds_things_where_they_are():
+    for _, things, image in drawn(40, seed=1):
+        reading = oracle.read(image)
+        assert reading.unclear == 0 and min(reading.quality) > 0.8
+        for thing in things:
+            near = min(reading.things, key=lambda other: np.hypot(other.x - thing.x, other.y - thing.y))
+            assert (near.color, near.shape) == (thing.color, thing.shape)
+            assert np.hypot(near.x - thing.x, near.y - thing.y) < 1
+
+
+def test_a_caption_that_differs_in_one_thing_is_false_by_the_oracle_where_it_is_false():
+    checked = 0
+    for ask, things, image in drawn(60, seed=2):
+        for negatives in ask.negatives().values():
+            for other in negatives:
+                assert other.caption != ask.caption
+                assert oracle.judge(image, other).correct == other.true_of(things)
+                checked += not other.true_of(things)
+    assert checked > 300
+
+
+def test_what_makes_a_picture_wrong():
+    ask = Ask("position", (Want(1, "red", "circle"), Want(1, "blue", "square")), "left")
+    assert ask.caption == "a red circle left of a blue square"
+    assert ask.true_of([BLUE_SQUARE, RED_CIRCLE])
+    wrong = {
+        "missing": [RED_CIRCLE],
+        "one too many": [RED_CIRCLE, BLUE_SQUARE, Thing("red", "cross", 16.0, 26.0, 4.2)],
+        "swapped colours": [replace(RED_CIRCLE, color="blue"), replace(BLUE_SQUARE, color="red")],
+        "swapped places": [replace(RED_CIRCLE, x=26.0), replace(BLUE_SQUARE, x=6.0)],
+    }
+    for reason, things in wrong.items():
+        assert not oracle.judge(world.render(things), ask).correct, reason
+    assert oracle.judge(world.render(wrong["one too many"]), ask).counted == 1
+    assert oracle.judge(world.render(wrong["missing"]), ask).counted == -1
+
+
+def test_a_patch_that_is_no_shape_counts_against_the_picture():
+    picture = np.asarray(world.render([RED_CIRCLE])).copy()
+    picture[20:24, 4:30] = world.COLORS["green"]
+    verdict = oracle.judge(Image.fromarray(picture), Ask("colors", (Want(1, "red", "circle"),)))
+    assert not verdict.correct and verdict.counted == 1 and verdict.quality < 0.6
+
+
+def test_a_picture_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="reads 32 x 32 pictures, but this is 64 x 32"):
+        oracle.read(Image.new("RGB", (64, 32)))
+
+
+def test_negatives_swap_and_count_and_turn_round():
+    ask = Ask("position", (Want(1, "red", "circle"), Want(1, "blue", "square")), "left")
+    captions = {kind: {other.caption for other in asks} for kind, asks in ask.negatives().items()}
+    assert "a red circle right of a blue square" in captions["relation"]
+    assert "two red circles left of a blue square" in captions["number"]
+    assert "a blue circle left of a red square" in captions["swap"]
+    assert "a red triangle left of a blue square" in captions["attribute"]
+    with pytest.raises(ValueError, match="skill must be one of single_object"):
+        world.random_ask(np.random.default_rng(0), "juggling")
+
+
+def test_every_word_is_one_token_and_every_caption_fits():
+    clip, t5 = models.clip_tokenizer(), models.t5_tokenizer()
+    for ask, *_ in drawn(300, seed=3):
+        words = ask.caption.replace(",", " ,").split()
+        assert len(clip(ask.caption).input_ids) == len(words) + 2 <= models.MAX_WORDS
+        assert len(t5(ask.caption).input_ids) == len(words) + 1
+    strange = clip("xylophone").input_ids
+    assert len(strange) > 5 and clip.eos_token_id not in strange[1:-1]
+
+
+def test_captions_of_the_base_are_wrong_as_often_as_said():
+    said = train_base.said_of(400, seed=4)
+    rng = np.random.default_rng(0)
+    captions = [(said[row], train_base.caption(said, row, rng)) for row in range(400) for _ in range(5)]
+    empty = np.mean([not text for _, text in captions])
+    assert abs(empty - train_base.NO_CAPTION) < 0.03
+    several = [(ask, text) for ask, text in captions if text and sum(w.count for w in ask.wants) > 1]
+    right = np.mean([text in {replace(ask, phrasing=i).caption for i in range(6)} for ask, text in several])
+    expected = 1 - train_base.OTHER_CAPTION - train_base.WRONG_CAPTION - train_base.WRONG_WORD
+    assert abs(right - expected) < 0.04
+
+
+def test_scenes_and_captions_of_a_seed_belong_together():
+    images = train_base.pictures(20, seed=5).permute(0, 2, 3, 1).numpy()
+    for ask, pixels in zip(train_base.said_of(20, seed=5), images, strict=True):
+        assert oracle.judge(Image.fromarray(pixels), ask).correct
