@@ -1,324 +1,136 @@
-"""The main job, step by step: the authors' published SD3 adapter, from their files into a diffusers pipeline.
+"""The main job on the embedded pipeline: a small Stable Diffusion 3 that was really trained, in a world of shapes.
 
-    python examples/demo.py [--published FOLDER]
+    python examples/demo.py [--adapter NAME]
 
-The adapter is the published one where `--published` or $SOFTREPA_PUBLISHED_SD3 names the folder of its two files, and
-a stand-in in the same file layout where neither does. The pipeline is diffusers' own StableDiffusion3Pipeline at SD3's
-real widths, with a quarter of its blocks and random weights: what is shown is the mechanics, on the real numbers.
+1. Loads the pipeline from this repository and an adapter by two lines.
+2. Draws some hundred prompts without and with it, from the same noise, lets the oracle read the pictures, and prints
+   how often each skill succeeds.
+3. Writes one picture of prompts drawn without and with the adapter.
+4. Trains a small adapter for a minute and draws its curves.
 """
 
 import argparse
-import itertools
-import os
-import statistics
+import json
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+sys.path.insert(0, str(Path(__file__).parent / "shapes_world"))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from drawing import BASE, Measured, draw, load_base, measure, side_by_side
+from models import MAX_WORDS
+from study import ADAPTERS, pairs
+from world import SKILLS, prompts
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
-from diffusers_softrepa import convert
-
-CAPTIONS = (
-    "two giraffes standing next to a wooden fence in the grass",
-    "a red double decker bus parked beside three yellow taxis",
-    "a man in a blue shirt holding a slice of pizza to the left of a dog",
-)
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What one run of the pipeline gave.
-
-    Attributes:
-        picture: The decoded picture.
-        latents: What it was decoded from, `(1, 16, height / 8, width / 8)`.
-        step_seconds: Time from the end of one step to the end of the next.
-    """
-
-    picture: Image.Image
-    latents: Tensor
-    step_seconds: list[float]
+from diffusers_softrepa import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
-    output, captions = Path(given.output), CAPTIONS[: given.captions]
-    started = time.perf_counter()
+    output, started = Path(given.output), time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
 
-    print("1. The authors' files")
-    folder = convert_published(given.published, output)
-
-    print("2. A StableDiffusion3Pipeline of SD3's widths, random weights")
-    pipe = make_pipeline(given.blocks)
+    print("1. The embedded pipeline, and an adapter by two lines:")
+    pipe = load_base(given.pipeline)
     count = sum(parameter.numel() for parameter in pipe.transformer.parameters())
-    print(f"   {len(pipe.transformer.transformer_blocks)} of SD3's 24 blocks, {count / 1e6:.0f} million parameters")
+    print(f"   {type(pipe).__name__}, {count / 1e6:.1f} million parameters in its denoiser")
+    print("       import diffusers_softrepa")
+    print(f"       pipe.load_softrepa({str(given.adapter)!r})")
+    pipe.load_softrepa(given.adapter)
+    numbers = sum(parameter.numel() for parameter in pipe.softrepa_parameters().values())
+    print(f"   {numbers} learned numbers")
 
-    def draw(caption: str, *, steps: int = given.steps) -> Drawing:
-        return _draw(pipe, caption, seed=CAPTIONS.index(caption), steps=steps, size=given.size)
+    asks = prompts(given.per_skill, seed=given.seed)
+    print(f"2. {len(asks)} prompts, the same noise without and with it, guidance {given.guidance:g}")
+    found, pictures = {}, {}
+    for name in ("base", "adapter"):
+        pipe.disable_softrepa() if name == "base" else pipe.enable_softrepa()
+        pictures[name] = draw(pipe, asks, guidance=given.guidance, seed=given.seed)
+        found[name] = measure(pipe, pictures[name], asks)
+    print(_table(found, asks))
 
-    print(f"3. Pictures of the base model: {len(captions)} captions, {given.steps} steps, guidance 4")
-    base = [draw(caption) for caption in captions]
+    rows = [
+        skill * given.per_skill + place for skill in range(len(SKILLS)) for place in range(min(2, given.per_skill))
+    ]
+    columns = {name: [images[row] for row in rows] for name, images in pictures.items()}
+    path = output / "pictures.png"
+    side_by_side(columns, [asks[row].caption for row in rows]).save(path)
+    print(f"3. Pictures: {path}")
 
-    print("4. The same seeds with the adapter: pipe.load_softrepa(folder)")
-    pipe.load_softrepa(folder)
-    _describe(pipe)
-    adapted = [draw(caption) for caption in captions]
-    for caption, one, other in zip(captions, base, adapted, strict=True):
-        print(f"   {_distance(other, one):.4f} relative change of the latents: {caption}")
-    _claim("the adapter changes every picture", all(map(_differ, base, adapted)))
-
-    print("5. Off and on again: pipe.disable_softrepa(), pipe.enable_softrepa()")
-    switch_off_and_on(pipe, draw, dict(zip(captions, zip(base, adapted, strict=True), strict=True)))
-
-    print('6. Steered: pipe.set_softrepa("softrepa", weight), change from the base after one step')
-    sweep(pipe, lambda: draw(captions[0], steps=1))
-
-    print("7. Saved by the pipeline, unloaded, loaded again")
-    pipe.save_softrepa(output / "saved-by-the-pipeline")
-    pipe.unload_softrepa()
-    pipe.load_softrepa(output / "saved-by-the-pipeline")
-    _claim("the picture is the one before saving, to the last bit", not _differ(draw(captions[0]), adapted[0]))
-
-    path = output / "grid.png"
-    save_grid(path, captions, base, adapted)
-    print(f"Pictures: {path}")
-    print("With random weights they are noise, and attention that was never trained hardly notices four tokens: this")
-    print(
-        "shows the mechanics on the real numbers, not better alignment. A pipeline that was trained will replace it."
-    )
+    print(f"4. A fresh adapter, {given.steps} steps of training on pictures made now")
+    train(pipe, output / "trained", given.steps, given.seed)
+    plot_curves(output / "trained" / "log.jsonl", output / "curves.png")
+    print(f"   Curves: {output / 'curves.png'}, adapter: {output / 'trained'}")
     print(f"Done in {time.perf_counter() - started:.0f} s.")
 
 
-def convert_published(published: str | None, output: Path) -> Path:
-    """Converts the authors' files, or a stand-in where there are none; returns the adapter's folder."""
-    source = Path(published) if published else write_stand_in(output / "stand-in")
-    kind = "the published SD3 adapter" if published else "NOT the published adapter but random numbers in its shapes"
-    print(f"   {source}: {kind}. Converted without running any pickle code:")
-    folder = output / "sd3-adapter"
-    base_model = "stabilityai/stable-diffusion-3-medium-diffusers"
-    convert.main([str(source), str(folder), "--family", "sd3", "--base-model", base_model])
-    return folder
-
-
-def write_stand_in(folder: Path) -> Path:
-    """Writes random numbers in the shapes and the file layout of the published SD3 adapter."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    torch.save(nn.Parameter(0.1 * torch.randn(5, 4, 1536, generator=generator)), folder / convert.TOKENS_FILE)
-    table = nn.Embedding.from_pretrained(0.1 * torch.randn(100, 5 * 1536, generator=generator), freeze=False)
-    torch.save(table, folder / convert.TIMESTEP_TOKENS_FILE)
-    return folder
-
-
-def make_pipeline(num_blocks: int) -> StableDiffusion3Pipeline:
-    """Returns a pipeline in which every width that SD3's blocks, text and latents have is the real one."""
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=128,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=num_blocks,
-        attention_head_dim=64,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        joint_attention_dim=4096,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=192,
+def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
+    """Trains a small adapter: contrast with true captions of other pictures and written wrong ones."""
+    pipe.unload_softrepa()
+    arguments = ContrastiveFlowMatchingArguments(
+        output_dir=str(folder),
+        objective="soft_rank",
+        resolution=32,
+        max_sequence_length=MAX_WORDS,
+        negative_caption_column="negatives",
+        train_batch_size=6,
+        pair_chunk_size=64,
+        max_steps=steps,
+        lr_scheduler="constant",
+        logging_steps=max(1, steps // 20),
+        validation_steps=max(1, steps // 4),
+        save_steps=steps,
+        report_to="none",
+        seed=seed,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    trainer = ContrastiveFlowMatchingTrainer(
+        pipe, arguments, pairs(600, seed + 1, hard=2), pairs(48, seed + 2, hard=2)
     )
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=_clip_encoder(768),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_clip_encoder(1280),
-        tokenizer_2=_clip_tokenizer(),
-        text_encoder_3=_t5_encoder(4096),
-        tokenizer_3=_t5_tokenizer(),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    trainer.train()
 
 
-def switch_off_and_on(
-    pipe: StableDiffusion3Pipeline,
-    draw: Callable[[str], Drawing],
-    expected: Mapping[str, tuple[Drawing, Drawing]],
-) -> None:
-    """Draws every picture with the adapter off and on, in turns so that the times compare, against (base, adapted)."""
-    drawings = []
-    for caption in expected:
-        pipe.disable_softrepa()
-        off = draw(caption)
-        pipe.enable_softrepa()
-        drawings.append((off, draw(caption)))
-    without, with_adapter = zip(*drawings, strict=True)
-    ratio = _median_step(with_adapter) / _median_step(without)
-    print(f"   time of a step with the adapter over without it: {ratio:.2f}; `make bench` measures it properly")
-    same_off = all(not _differ(off, base) for (off, _), (base, _) in zip(drawings, expected.values(), strict=True))
-    same_on = all(not _differ(on, adapted) for (_, on), (_, adapted) in zip(drawings, expected.values(), strict=True))
-    _claim("off, every picture is the base model's to the last bit", same_off)
-    _claim("on again, every picture is the adapter's to the last bit", same_on)
+def plot_curves(log: Path, path: Path) -> None:
+    """Draws loss and share of captions told apart, of training and of held-out pictures."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, key, label in zip(axes, ("loss", "top1"), ("loss", "own caption fits best (top-1)"), strict=True):
+        for prefix, name in (("", "training"), ("held_out/", "held out")):
+            points = [(entry["step"], entry[prefix + key]) for entry in entries if prefix + key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
-def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
-    """Draws the same picture at each weight and prints how far it went from the base."""
-    drawings = []
-    for weight in WEIGHTS:
-        pipe.set_softrepa("softrepa", weight)
-        drawings.append(draw())
-    distances = [_distance(drawing, drawings[0]) for drawing in drawings]
-    for weight, distance in zip(WEIGHTS, distances, strict=True):
-        print(f"   weight {weight:4.2f}: {distance:.4f}")
-    _claim("the effect grows with the weight", distances == sorted(set(distances)))
-
-
-def save_grid(path: Path, captions: Sequence[str], base: Sequence[Drawing], adapted: Sequence[Drawing]) -> None:
-    """Writes one picture: a row for each caption, with base, adapter and where they differ side by side."""
-    size, gap, line = 256, 8, 20
-    columns = ("base", "with the adapter", "where the latents differ (scaled)")
-    canvas = Image.new("RGB", (3 * (size + gap) + gap, line + len(captions) * (size + line + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, name in enumerate(columns):
-        pen.text((gap + column * (size + gap), 4), name, fill="black")
-    for row, (caption, one, other) in enumerate(zip(captions, base, adapted, strict=True)):
-        top = line + row * (size + line + gap)
-        pen.text((gap, top + 4), caption, fill="black")
-        for column, picture in enumerate((one.picture, other.picture, _difference(one.latents, other.latents))):
-            large = picture.resize((size, size), Image.Resampling.NEAREST)
-            canvas.paste(large, (gap + column * (size + gap), top + line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+def _table(found: dict[str, Measured], asks: Sequence[Any]) -> str:
+    columns = {name: measured.accuracy(asks) for name, measured in found.items()}
+    lines = [f"   {'':14s}" + "".join(f"{name:>10s}" for name in columns)]
+    for key in (*SKILLS, "total"):
+        lines.append(f"   {key:14s}" + "".join(f"{100 * column[key]:8.1f} %" for column in columns.values()))
+    lines.append(f"   {'shape quality':14s}" + "".join(f"{m.quality.mean():10.3f}" for m in found.values()))
+    lines.append(f"   {'things too many':15s}" + "".join(f"{m.counted.mean():+9.2f} " for m in found.values()))
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="The published SD3 adapter, from the authors' files into a pipeline.")
-    published = os.environ.get("SOFTREPA_PUBLISHED_SD3") or None
-    parser.add_argument("--published", default=published, help="folder of the authors' two SD3 files")
-    parser.add_argument("--output", default="outputs/demo", help="where adapters and pictures go")
-    parser.add_argument("--captions", type=int, choices=range(1, len(CAPTIONS) + 1), default=len(CAPTIONS))
-    parser.add_argument("--steps", type=int, default=3, help="sampling steps")
-    parser.add_argument("--blocks", type=int, default=6, help="of SD3's 24; the adapter has tokens for the first 5")
-    parser.add_argument("--size", type=int, default=128, help="height and width in pixels, a multiple of 16")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=BASE)
+    parser.add_argument("--adapter", type=Path, default=ADAPTERS / "softrepa", help="folder of an adapter")
+    parser.add_argument("--output", default="outputs/demo")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--per-skill", type=int, default=20, help="prompts of every skill (default: 20)")
+    parser.add_argument("--steps", type=int, default=80, help="training steps (default: 80)")
+    parser.add_argument("--seed", type=int, default=0)
     return parser
-
-
-def _draw(pipe: StableDiffusion3Pipeline, caption: str, *, seed: int, steps: int, size: int) -> Drawing:
-    ends = [time.perf_counter()]
-    seen: list[Tensor] = []
-
-    def note(pipe: object, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        ends.append(time.perf_counter())
-        seen.append(values["latents"])
-        return values
-
-    picture = pipe(
-        caption,
-        height=size,
-        width=size,
-        num_inference_steps=steps,
-        guidance_scale=4.0,
-        max_sequence_length=77,
-        generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=note,
-    ).images[0]
-    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    return Drawing(picture, seen[-1], seconds)
-
-
-def _describe(pipe: StableDiffusion3Pipeline) -> None:
-    numbers = pipe.softrepa_parameters()
-    tokens = numbers["tokens"].detach()  # (L, K, D)
-    print(
-        f"   {sum(number.numel() for number in numbers.values()):,} numbers, adapters {pipe.get_softrepa_adapters()}"
-    )
-    print("   norm of a token, mean of each layer:", *(f"{norm:.2f}" for norm in tokens.norm(dim=-1).mean(dim=1)))
-    offsets = numbers["timestep_tokens"].detach()  # (B, L, D)
-    print(f"   norm of a timestep's offset, mean of all: {offsets.norm(dim=-1).mean():.2f}")
-
-
-def _differ(one: Drawing, other: Drawing) -> bool:
-    return not torch.equal(one.latents, other.latents)
-
-
-def _distance(drawing: Drawing, base: Drawing) -> float:
-    return ((drawing.latents - base.latents).norm() / base.latents.norm()).item()
-
-
-def _median_step(drawings: Sequence[Drawing]) -> float:
-    return statistics.median(seconds for drawing in drawings for seconds in drawing.step_seconds)
-
-
-def _difference(one: Tensor, other: Tensor) -> Image.Image:
-    """Returns how much each place of the latents changed, white for the most."""
-    change = (one - other)[0].norm(dim=0)  # (height, width)
-    return ImageOps.autocontrast(Image.fromarray((255 * change / change.max()).to(torch.uint8).numpy()))
-
-
-def _claim(sentence: str, holds: bool) -> None:
-    """Prints what must be true, and stops the demo when it is not."""
-    if not holds:
-        raise SystemExit(f"   NOT SO: {sentence}")
-    print(f"   Checked: {sentence}.")
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
-
-
-def _clip_encoder(width: int) -> CLIPTextModelWithProjection:
-    start, end = 2 * len(LETTERS), 2 * len(LETTERS) + 1
-    config = CLIPTextConfig(
-        vocab_size=2 * len(LETTERS) + 2,
-        hidden_size=width,
-        projection_dim=width,
-        intermediate_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=width // 64,
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    return CLIPTextModelWithProjection(config).eval()
-
-
-def _t5_tokenizer() -> T5Tokenizer:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def _t5_encoder(width: int) -> T5EncoderModel:
-    config = T5Config(vocab_size=len(LETTERS) + 4, d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
-    return T5EncoderModel(config).eval()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def train_lora(folder: Path, base: Path, *, steps: int, seed: int) -> Path:
     noising, rng = conditioner.noising, np.random.default_rng(seed)
     for _ in range(steps):
         some = [rows[i] for i in rng.integers(len(rows), size=8 * BATCH)]  # as many predictions as 8 x 8 pairs
-        pixels = torch.stack([torch.from_numpy(np.asarray(row["image"])).permute(2, 0, 1) for row in some])
+        pixels = torch.stack([torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) for row in some])
         latents = conditioner.encode_images(pixels.float() / 127.5 - 1)
         noise, timestep = torch.randn_like(latents), 1000 * torch.rand(len(some))
         noisy = noising.noisy_latents(latents, noise, timestep)
