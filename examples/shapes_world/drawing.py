@@ -1,5 +1,6 @@
 """Draws asks with the base pipeline and measures what comes out."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from oracle import judge
 from PIL import Image, ImageDraw
 from world import SIZE, SKILLS, Ask
 
-BASE = Path(__file__).parent / "sd3"
+FOLDER = Path(os.path.relpath(Path(__file__).parent))  # files that are written carry no path of this machine
+BASE = FOLDER / "sd3"
 STEPS = 14
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import BASE, Measured, draw, features, load_base, measure
+from drawing import BASE, FOLDER, Measured, draw, features, load_base, measure
 from models import MAX_WORDS
 from peft import LoraConfig
 from world import SKILLS, prompts, random_ask, random_background, render
@@ -27,7 +27,7 @@ from diffusers_softrepa import SoftREPAConfig
 from diffusers_softrepa.conditioning import conditioner_of
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
 
-ADAPTERS = Path(__file__).parent / "adapters"
+ADAPTERS = FOLDER / "adapters"
 PICTURES = 2000  # that adapters learn from, captions all true
 LEARNING_RATE, BATCH, STEPS = 1e-3, 8, 150
 
@@ -98,8 +98,8 @@ def train(name: str, out: Path, base: Path, *, steps: int = STEPS, seed: int = 0
         adapter_config=SoftREPAConfig.for_denoiser(pipe.transformer, **config),
     )
     trainer.train()
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for left in (*folder.glob("checkpoint-*"), folder / "best"):
+        shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
@@ -137,7 +137,9 @@ def put_on(pipe: Any, folder: Path | None) -> None:
     if folder is None:
         return
     if folder.name == LORA:
-        pipe.transformer.load_lora_adapter(str(folder), prefix=None)
+        pipe.transformer.load_lora_adapter(
+            str(folder), prefix=None, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True
+        )
     else:
         pipe.load_softrepa(folder)
 

@@ -88,6 +88,7 @@ def train_sd3(args: argparse.Namespace) -> None:
     """Learns to draw what captions say: flow matching at logit-normal timesteps, with an average of the weights."""
     steps = args.steps or 4000
     vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
+    vae.register_to_config(_name_or_path="vae")  # not a path of this machine
     pipe = models.sd3_pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     parts = models.trained_parts(pipe).train()
@@ -141,15 +142,23 @@ def caption(said: list[Ask], row: int, rng: np.random.Generator) -> str:
 
 
 def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, list[Ask]]:
-    """Returns normalised latents, (SCENES, 8, 8, 8) half precision, and what may be said of them; kept on disk."""
-    path = args.out / "latents.pt"
+    """Returns normalised latents, (SCENES, 8, 8, 8) half precision, and what may be said of them; kept on disk.
+
+    Raises:
+        ValueError: The latents on disk are of other scenes, because the world has changed since.
+    """
+    path, said = args.out / "latents.pt", said_of(SCENES, args.seed + 2)
+    captions = [ask.caption for ask in said]
     if not path.exists():
         pixels = pictures(SCENES, args.seed + 2)
         with torch.no_grad():
             modes = [vae.encode(as_input(part)).latent_dist.mode() for part in pixels.split(256)]
         latents = (torch.cat(modes) - vae.config.shift_factor) * vae.config.scaling_factor
-        torch.save(latents.half(), path)
-    return torch.load(path), said_of(SCENES, args.seed + 2)
+        torch.save({"latents": latents.half(), "captions": captions}, path)
+    saved = torch.load(path)
+    if saved["captions"] != captions:
+        raise ValueError(f"the pictures of {path} do not belong to these captions; remove the file, and start anew")
+    return saved["latents"], said
 
 
 def said_of(count: int, seed: int) -> list[Ask]:
