@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Conditioner
 from .conditions import Conditions
+from .layouts import PATCH, PackedConditioner
 
-_PATCH = 2
 
-
-class ChromaConditioner(Conditioner):
+class ChromaConditioner(PackedConditioner):
     """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1, floating.
 
     Attributes:
@@ -32,14 +30,6 @@ class ChromaConditioner(Conditioner):
         super().__init__(pipeline)
         self.max_sequence_length = max_sequence_length
 
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels // _PATCH**2
-
-    @property
-    def latent_multiple(self) -> int:
-        return _PATCH
-
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         prompt_embeds, _, prompt_mask, *_ = self.pipeline.encode_prompt(
             captions,
@@ -52,7 +42,7 @@ class ChromaConditioner(Conditioner):
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         pipe, text = self.pipeline, conditions["prompt_embeds"]
         batch, channels, height, width = latents.shape
-        rows, columns, scale = height // _PATCH, width // _PATCH, pipe.vae_scale_factor
+        rows, columns, scale = height // PATCH, width // PATCH, pipe.vae_scale_factor
         packed = pipe.transformer(
             hidden_states=pipe._pack_latents(latents.contiguous(), batch, channels, height, width),  # (n, N, 4C)
             timestep=timestep,

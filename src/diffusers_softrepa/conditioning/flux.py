@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Conditioner
 from .conditions import Conditions
+from .layouts import PATCH, PackedConditioner
 
-_PATCH = 2
 
-
-class FluxConditioner(Conditioner):
+class FluxConditioner(PackedConditioner):
     """Conditions: `prompt_embeds` (n, T5 tokens, D), `pooled_prompt_embeds` (n, P).
 
     Attributes:
@@ -33,14 +31,6 @@ class FluxConditioner(Conditioner):
         self.max_sequence_length = max_sequence_length
         self.guidance_scale = guidance_scale
 
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels // _PATCH**2
-
-    @property
-    def latent_multiple(self) -> int:
-        return _PATCH
-
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
             captions,
@@ -52,7 +42,7 @@ class FluxConditioner(Conditioner):
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         pipe, text = self.pipeline, conditions["prompt_embeds"]
         batch, channels, height, width = latents.shape
-        rows, columns = height // _PATCH, width // _PATCH
+        rows, columns = height // PATCH, width // PATCH
         guided, scale = pipe.transformer.config.guidance_embeds, pipe.vae_scale_factor
         packed = pipe.transformer(
             hidden_states=pipe._pack_latents(latents.contiguous(), batch, channels, height, width),  # (n, N, 4C)

@@ -12,14 +12,12 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from .base import Conditioner
 from .conditions import Conditions
 from .latents import vae_latents, vae_pixels
+from .layouts import PackedConditioner
 
-_PATCH = 2
 
-
-class Flux2Conditioner(Conditioner):
+class Flux2Conditioner(PackedConditioner):
     """Conditions: `prompt_embeds` (n, tokens, D).
 
     Attributes:
@@ -36,14 +34,6 @@ class Flux2Conditioner(Conditioner):
         super().__init__(pipeline)
         self.max_sequence_length = max_sequence_length
         self.guidance_scale = guidance_scale
-
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels // _PATCH**2
-
-    @property
-    def latent_multiple(self) -> int:
-        return _PATCH
 
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         prompt_embeds, _ = self.pipeline.encode_prompt(

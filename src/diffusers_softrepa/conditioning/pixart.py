@@ -11,11 +11,11 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
-from .base import Conditioner
 from .conditions import Conditions
+from .layouts import PatchingConditioner
 
 
-class _PixArtConditioner(Conditioner, ABC):
+class _PixArtConditioner(PatchingConditioner, ABC):
     """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
 
     Attributes:
@@ -28,14 +28,6 @@ class _PixArtConditioner(Conditioner, ABC):
     def __init__(self, pipeline: Any, max_sequence_length: int) -> None:
         super().__init__(pipeline)
         self.max_sequence_length = max_sequence_length
-
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels
-
-    @property
-    def latent_multiple(self) -> int:
-        return self.pipeline.transformer.config.patch_size
 
     def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
         return super().sampling(guidance_scale) | {"use_resolution_binning": False}

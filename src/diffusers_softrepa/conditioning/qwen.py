@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Conditioner
 from .conditions import Conditions, padded, unpadded
 from .latents import denormalised, normalised, vae_latents, vae_pixels
+from .layouts import PATCH, PackedConditioner
 
-_PATCH = 2
 
-
-class QwenImageConditioner(Conditioner):
+class QwenImageConditioner(PackedConditioner):
     """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) bool.
 
     Attributes:
@@ -33,14 +31,6 @@ class QwenImageConditioner(Conditioner):
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512) -> None:
         super().__init__(pipeline)
         self.max_sequence_length = max_sequence_length
-
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels // _PATCH**2
-
-    @property
-    def latent_multiple(self) -> int:
-        return _PATCH
 
     @property
     def _vae_channels(self) -> int:
@@ -76,7 +66,7 @@ class QwenImageConditioner(Conditioner):
             timestep=timestep,
             encoder_hidden_states=conditions["prompt_embeds"][:, :longest],
             encoder_hidden_states_mask=None if mask[:, :longest].all() else mask[:, :longest],
-            img_shapes=[[(1, height // _PATCH, width // _PATCH)]] * batch,
+            img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
             return_dict=False,
         )[0]
         scale = pipe.vae_scale_factor

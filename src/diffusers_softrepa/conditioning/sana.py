@@ -12,12 +12,12 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
-from .base import Conditioner
 from .conditions import Conditions
 from .latents import normalised
+from .layouts import PatchingConditioner
 
 
-class SanaConditioner(Conditioner):
+class SanaConditioner(PatchingConditioner):
     """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
 
     Attributes:
@@ -36,14 +36,6 @@ class SanaConditioner(Conditioner):
                 "for few steps (Sana-Sprint); train on the model it was distilled from"
             )
         self.max_sequence_length = max_sequence_length
-
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels
-
-    @property
-    def latent_multiple(self) -> int:
-        return self.pipeline.transformer.config.patch_size
 
     def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
         return super().sampling(guidance_scale) | {"use_resolution_binning": False}

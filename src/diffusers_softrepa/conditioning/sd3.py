@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Conditioner
 from .conditions import Conditions
+from .layouts import PatchingConditioner
 
 
-class StableDiffusion3Conditioner(Conditioner):
+class StableDiffusion3Conditioner(PatchingConditioner):
     """Conditions: `prompt_embeds` (n, 77 + T5 tokens, D), `pooled_prompt_embeds` (n, P).
 
     Attributes:
@@ -28,14 +28,6 @@ class StableDiffusion3Conditioner(Conditioner):
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512) -> None:
         super().__init__(pipeline)
         self.max_sequence_length = max_sequence_length
-
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.transformer.config.in_channels
-
-    @property
-    def latent_multiple(self) -> int:
-        return self.pipeline.transformer.config.patch_size
 
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         length, tokenizer = self.max_sequence_length, self.pipeline.tokenizer_3

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -79,20 +79,17 @@ class _Mask2Former(Mask2FormerPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"criterion\."]  # noqa: RUF012
 
 
-@final
-class Mask2FormerDetector(Detector):
-    """The kind of detector that GenEval was published with: instances with masks.
+class _TransformersDetector(Detector, ABC):
+    """A detector of transformers and its image processor, from one Hub id or folder."""
 
-    Args:
-        model: Mask2Former for instances, a Hub id or folder.
-    """
+    _model_class: ClassVar[Any]
 
-    def __init__(self, model: str = MASK2FORMER) -> None:
+    def __init__(self, model: str) -> None:
         self.model = model
         self._loaded: tuple[Any, Any] | None = None
 
     def setup(self, device: torch.device) -> None:
-        model = load(_Mask2Former, self.model, "GenEval").eval().to(device)
+        model = load(self._model_class, self.model, "GenEval").eval().to(device)
         self._loaded = load(AutoImageProcessor, self.model, "GenEval"), model
 
     def close(self) -> None:
@@ -101,6 +98,20 @@ class Mask2FormerDetector(Detector):
     @property
     def labels(self) -> set[str]:
         return set(_spelled(_ready(self._loaded)[1].config.id2label).values())
+
+
+@final
+class Mask2FormerDetector(_TransformersDetector):
+    """The kind of detector that GenEval was published with: instances with masks.
+
+    Args:
+        model: Mask2Former for instances, a Hub id or folder.
+    """
+
+    _model_class = _Mask2Former
+
+    def __init__(self, model: str = MASK2FORMER) -> None:
+        super().__init__(model)
 
     @torch.no_grad()
     def detect(self, image: Image.Image) -> list[Detection]:
@@ -115,27 +126,14 @@ class Mask2FormerDetector(Detector):
 
 
 @final
-class BoxDetector(Detector):
+class BoxDetector(_TransformersDetector):
     """Any object detector of transformers that knows COCO's classes (YOLOS, DETR, RT-DETR): boxes without masks.
 
     Args:
         model: A Hub id or folder.
     """
 
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self._loaded: tuple[Any, Any] | None = None
-
-    def setup(self, device: torch.device) -> None:
-        model = load(AutoModelForObjectDetection, self.model, "GenEval").eval().to(device)
-        self._loaded = load(AutoImageProcessor, self.model, "GenEval"), model
-
-    def close(self) -> None:
-        self._loaded = None
-
-    @property
-    def labels(self) -> set[str]:
-        return set(_spelled(_ready(self._loaded)[1].config.id2label).values())
+    _model_class = AutoModelForObjectDetection
 
     @torch.no_grad()
     def detect(self, image: Image.Image) -> list[Detection]:
