@@ -24,12 +24,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from drawing import BASE, Measured, draw, load_base, measure, side_by_side
-from models import MAX_WORDS
-from study import ADAPTERS, pairs
+from study import ADAPTERS, pairs, trainer_arguments
 from world import SKILLS, prompts
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
-from diffusers_softrepa import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
+from diffusers_softrepa import ContrastiveFlowMatchingTrainer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,20 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
     """Trains a small adapter: contrast with true captions of other pictures and written wrong ones."""
     pipe.unload_softrepa()
-    arguments = ContrastiveFlowMatchingArguments(
-        output_dir=str(folder),
+    arguments = trainer_arguments(
+        folder,
+        steps,
         objective="soft_rank",
-        resolution=32,
-        max_sequence_length=MAX_WORDS,
         negative_caption_column="negatives",
         train_batch_size=6,
-        pair_chunk_size=64,
-        max_steps=steps,
-        lr_scheduler="constant",
         logging_steps=max(1, steps // 20),
         validation_steps=max(1, steps // 4),
-        save_steps=steps,
-        report_to="none",
         seed=seed,
     )
     trainer = ContrastiveFlowMatchingTrainer(

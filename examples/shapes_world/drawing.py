@@ -86,11 +86,16 @@ def measure(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image], asks:
     )
 
 
+def as_input(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Returns pictures as the autoencoder reads them, (images, 3, 32, 32) in -1..1."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    return pixels.float() / 127.5 - 1
+
+
 @torch.no_grad()
 def features(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image]) -> np.ndarray:
     """Returns the embedding in which pictures are compared as sets, (images, 128)."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-    latents = [pipe.vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in pixels.split(128)]
+    latents = [pipe.vae.encode(part).latent_dist.mode() for part in as_input(images).split(128)]
     return torch.nn.functional.avg_pool2d(torch.cat(latents), 2).flatten(1).numpy()
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import BASE, FOLDER, Measured, draw, features, load_base, measure
+from drawing import BASE, FOLDER, Measured, as_input, draw, features, load_base, measure
 from models import MAX_WORDS
 from peft import LoraConfig
-from world import SKILLS, prompts, random_ask, random_background, render
+from world import SIZE, SKILLS, prompts, random_ask, random_background, render
 
 from diffusers_softrepa import SoftREPAConfig
 from diffusers_softrepa.conditioning import conditioner_of
@@ -62,6 +62,22 @@ def pairs(count: int, seed: int, hard: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def trainer_arguments(folder: Path, steps: int, **changes: Any) -> ContrastiveFlowMatchingArguments:
+    """Returns the settings with which tokens are trained in this world."""
+    settings = {
+        "train_batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler": "constant",
+        "pair_chunk_size": 64,
+        "resolution": SIZE,
+        "max_sequence_length": MAX_WORDS,
+        "max_steps": steps,
+        "save_steps": steps,
+        "report_to": "none",
+    }
+    return ContrastiveFlowMatchingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
 def train(name: str, out: Path, base: Path, *, steps: int = STEPS, seed: int = 0, **changes: Any) -> Path:
     """Trains one adapter; returns its folder below `out`."""
     folder = out / name
@@ -70,25 +86,8 @@ def train(name: str, out: Path, base: Path, *, steps: int = STEPS, seed: int = 0
     settings = {**VARIANTS[name], **changes}
     hard = settings.pop("hard", 0)
     config = settings.pop("config", {})
-    settings = {
-        "train_batch_size": BATCH,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler": "constant",
-        "max_steps": steps,
-        "pair_chunk_size": 64,
-        **settings,
-    }
-    arguments = ContrastiveFlowMatchingArguments(
-        output_dir=str(folder),
-        resolution=32,
-        max_sequence_length=MAX_WORDS,
-        negative_caption_column="negatives" if hard else None,
-        validation_steps=steps,
-        save_steps=steps,
-        report_to="none",
-        seed=seed,
-        **settings,
-    )
+    negatives = {"negative_caption_column": "negatives"} if hard else {}
+    arguments = trainer_arguments(folder, steps, seed=seed, validation_steps=steps, **negatives, **settings)
     pipe = load_base(base)
     trainer = ContrastiveFlowMatchingTrainer(
         pipe,
@@ -119,8 +118,7 @@ def train_lora(folder: Path, base: Path, *, steps: int, seed: int) -> Path:
     noising, rng = conditioner.noising, np.random.default_rng(seed)
     for _ in range(steps):
         some = [rows[i] for i in rng.integers(len(rows), size=8 * BATCH)]  # as many predictions as 8 x 8 pairs
-        pixels = torch.stack([torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) for row in some])
-        latents = conditioner.encode_images(pixels.float() / 127.5 - 1)
+        latents = conditioner.encode_images(as_input([row["image"] for row in some]))
         noise, timestep = torch.randn_like(latents), 1000 * torch.rand(len(some))
         noisy = noising.noisy_latents(latents, noise, timestep)
         prediction = conditioner.predict(noisy, timestep, conditioner.encode_captions([row["text"] for row in some]))

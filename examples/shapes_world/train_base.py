@@ -181,6 +181,7 @@ class Run:
         self._path = args.out / f"{name}.checkpoint.pt"
         self._done, self._step, self._losses = 0, 0, []
         self._optimizer: Any = None
+        self._more: dict[str, float] = {}
         if self._path.exists():
             saved = torch.load(self._path)
             for key, value in state.items():
