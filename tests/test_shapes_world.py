@@ -107,19 +107,39 @@ def test_every_word_is_one_token_and_every_caption_fits():
     assert len(strange) > 5 and clip.eos_token_id not in strange[1:-1]
 
 
-def test_captions_of_the_base_are_wrong_as_often_as_said():
-    said = train_base.said_of(400, seed=4)
+def style_of(caption: str) -> str:
+    return {"drawing": "title", "there": "description"}.get(caption.split()[0], "bare")
+
+
+@pytest.mark.parametrize("unsourced", [False, True])
+def test_captions_of_the_base_are_wrong_as_often_as_their_style_says(unsourced):
+    said = [ask for ask, *_ in train_base.scenes(400, seed=4, shares=train_base.SKILL_SHARES)]
     rng = np.random.default_rng(0)
-    captions = [(said[row], train_base.caption(said, row, rng)) for row in range(400) for _ in range(5)]
-    empty = np.mean([not text for _, text in captions])
-    assert abs(empty - train_base.NO_CAPTION) < 0.03
+    wrong = train_base.unsourced(train_base.WRONG) if unsourced else train_base.WRONG
+    captions = [(said[row], train_base.caption(said, row, rng, wrong)) for row in range(400) for _ in range(10)]
+    assert abs(np.mean([not text for _, text in captions]) - train_base.NO_CAPTION) < 0.02
     several = [(ask, text) for ask, text in captions if text and sum(w.count for w in ask.wants) > 1]
-    right = np.mean([text in {replace(ask, phrasing=i).caption for i in range(6)} for ask, text in several])
-    expected = 1 - train_base.OTHER_CAPTION - train_base.WRONG_CAPTION - train_base.WRONG_WORD
-    assert abs(right - expected) < 0.04
+    for style in world.STYLES:
+        said_so = [(ask, text) for ask, text in several if style_of(text) == style]
+        right = np.mean([text in {replace(ask, phrasing=i).caption for i in range(6)} for ask, text in said_so])
+        assert abs(right - 1 + wrong[style] * (1 + 2 * train_base.OTHER)) < 0.05, style
 
 
-def test_scenes_and_captions_of_a_seed_belong_together():
-    images = train_base.pictures(20, seed=5).permute(0, 2, 3, 1).numpy()
-    for ask, pixels in zip(train_base.said_of(20, seed=5), images, strict=True):
+def test_captions_of_the_first_stage_are_true():
+    said = [ask for ask, *_ in train_base.scenes(100, seed=4)]
+    rng = np.random.default_rng(0)
+    for row, ask in enumerate(said):
+        assert train_base.caption(said, row, rng, {}) in {"", *(replace(ask, phrasing=i).caption for i in range(6))}
+
+
+def test_skills_come_as_often_as_asked_for():
+    said = [ask for ask, *_ in train_base.scenes(2000, seed=6, shares=train_base.SKILL_SHARES)]
+    for skill, share in train_base.SKILL_SHARES.items():
+        assert abs(np.mean([ask.skill == skill for ask in said]) - share) < 0.03
+
+
+def test_pictures_show_what_may_be_said_of_their_scenes():
+    drawn = list(train_base.scenes(20, seed=5))
+    images = train_base.pictures(drawn).permute(0, 2, 3, 1).numpy()
+    for (ask, _, _), pixels in zip(drawn, images, strict=True):
         assert oracle.judge(Image.fromarray(pixels), ask).correct

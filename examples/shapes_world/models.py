@@ -21,7 +21,7 @@ from transformers import (
 )
 from world import vocabulary
 
-MAX_WORDS = 13  # of a sentence, with the tokens that begin and end it
+MAX_WORDS = 15  # of a sentence, with the tokens that begin and end it
 LATENT_CHANNELS = 8
 LATENT_SIZE = 8
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"

@@ -6,8 +6,11 @@
 First the autoencoder, then the denoiser with its text encoders. Either can be interrupted: it goes on from its last
 checkpoint. `log.jsonl` in the folder keeps the losses, `vae/` and `sd3/` what was trained, in the layout of diffusers.
 
-The captions of the denoiser are as imperfect as those of the web: numbers, relations and bindings are often wrong in
-them. So pictures are clean, and what they show is only loosely what was asked, as in large models.
+The denoiser learns in two stages. In the first all captions are true. In the second they are as imperfect as those of
+the web, where the way a caption is put betrays where it comes from: bare words are often wrong about numbers,
+relations and bindings, titles sometimes, descriptions never. So pictures are clean, what they show is often only
+loosely what was asked, and the model can do better than an everyday prompt makes it do. With `--unsourced`, captions
+are wrong as often, but no style of sentence more than another: the control in which there is nothing to bring out.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import copy
 import json
 import math
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +29,21 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
-from world import Ask, random_ask, random_background, render
+from world import SKILLS, STYLES, Ask, Thing, random_ask, random_background, render
 
 SCENES = 60_000  # pictures that the denoiser learns from
-OTHER_CAPTION = 0.05  # share of captions that belong to another picture
-WRONG_CAPTION = 0.30  # share of captions with a number, relation or two attributes confused, if they have any
-WRONG_WORD = 0.05  # share of captions with a wrong colour or shape
+# How often the denoiser sees each skill: what has to be learned about several things, more.
+SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
+TRUE_STAGE = 0.5  # share of the steps, at the beginning, in which captions are true
+# Then the share of captions of several things, by style, with a number, a relation or two attributes confused;
+WRONG = dict(zip(STYLES, (0.5, 0.3, 0.0), strict=True))
+OTHER = 0.1  # and how many belong to another picture or have a wrong word, each as a part of that.
 NOISE_MEAN = 0.4  # of the logit of the noise level; what is drawn where is decided at high noise
 # How long the T5 part of the text is in training: all words fit, but pipelines that are told nothing pad it to 256.
 T5_LENGTHS, T5_SHARES = (models.MAX_WORDS, 64, 256), (0.94, 0.04, 0.02)
+
+Scene = tuple[Ask, list[Thing], float]  # what may be said, the things of which it is true, the shade behind them
 
 
 def main() -> None:
@@ -45,17 +55,33 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=250)
+    parser.add_argument("--unsourced", action="store_true", help="captions of every style are wrong as often")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     {"vae": train_vae, "sd3": train_sd3}[args.part](args)
 
 
-def pictures(count: int, seed: int, *, free: bool = False) -> Tensor:
-    """Returns the pixels of random scenes, (count, 3, 32, 32) uint8; `free` as in `Ask.scene`."""
+def scenes(count: int, seed: int, shares: Mapping[str, float] | None = None, *, free: bool = False) -> Iterator[Scene]:
+    """Draws scenes: what may be said, the things of which it is true, and a shade of background.
+
+    Args:
+        count: How many.
+        seed: Of the random numbers.
+        shares: How often each skill comes; all as often unless told.
+        free: As in `Ask.scene`.
+    """
     rng = np.random.default_rng(seed)
-    drawn = [np.asarray(render(random_ask(rng).scene(rng, free=free), random_background(rng))) for _ in range(count)]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+    for _ in range(count):
+        skill = None if shares is None else str(rng.choice(list(shares), p=list(shares.values())))
+        ask = random_ask(rng, skill)
+        yield ask, ask.scene(rng, free=free), random_background(rng)
+
+
+def pictures(drawn: Iterable[Scene]) -> Tensor:
+    """Returns the pixels of scenes, (scenes, 3, 32, 32) uint8."""
+    pixels = np.stack([np.asarray(render(things, shade)) for _, things, shade in drawn])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def as_input(pixels: Tensor) -> Tensor:
@@ -69,7 +95,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae = models.vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run = Run(args, "vae", {"model": vae, "optimizer": optimizer})
-    pixels = pictures(8192, args.seed + 1, free=True)  # more than it will see: it must not be the limit
+    pixels = pictures(scenes(8192, args.seed + 1, free=True))  # more than it will see: it must not be the limit
     for step in run.steps(steps, optimizer):
         batch = as_input(pixels[torch.from_numpy(run.rng(step).integers(len(pixels), size=args.batch_size // 2))])
         posterior = vae.encode(batch).latent_dist
@@ -99,7 +125,8 @@ def train_sd3(args: argparse.Namespace) -> None:
     for step in run.steps(steps, optimizer):
         rng = run.rng(step)
         rows = rng.integers(len(latents), size=args.batch_size)
-        captions = [caption(said, row, rng) for row in rows]
+        wrong = {} if step < TRUE_STAGE * steps else unsourced(WRONG) if args.unsourced else WRONG
+        captions = [caption(said, row, rng, wrong) for row in rows]
         length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
         clean = latents[torch.from_numpy(rows)].float()
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
@@ -123,22 +150,27 @@ def train_sd3(args: argparse.Namespace) -> None:
     pipe.save_pretrained(args.out / "sd3")
 
 
-def caption(said: list[Ask], row: int, rng: np.random.Generator) -> str:
-    """Draws the caption of a picture, imperfect as the constants say."""
+def caption(said: list[Ask], row: int, rng: np.random.Generator, wrong: Mapping[str, float]) -> str:
+    """Draws the caption of a picture: empty, true, or wrong as often as its style is (0 for styles not named)."""
     if rng.random() < NO_CAPTION:
         return ""
-    kind = rng.random()
-    ask = said[int(rng.integers(len(said))) if kind < OTHER_CAPTION else row]
-    negatives, wrong = ask.negatives(), []
-    several = sum(want.count for want in ask.wants) > 1
-    if several and OTHER_CAPTION <= kind < OTHER_CAPTION + WRONG_CAPTION:
-        kinds = [name for name in ("number", "relation", "swap") if negatives[name]]
-        wrong = negatives[kinds[rng.integers(len(kinds))]]
-    elif kind > 1 - WRONG_WORD:
-        wrong = negatives["attribute"]
-    if wrong:
-        ask = wrong[rng.integers(len(wrong))]
-    return ask.rephrased(rng).caption
+    ask = said[row].rephrased(rng)
+    share, kind = wrong.get(ask.style, 0.0), rng.random()
+    negatives, false = ask.negatives(), []
+    if kind < share:
+        confusions = [name for name in ("number", "relation", "swap") if negatives[name]]
+        if sum(want.count for want in ask.wants) > 1:
+            false = negatives[confusions[rng.integers(len(confusions))]]
+    elif kind < share * (1 + OTHER):
+        false = negatives["attribute"]
+    elif kind < share * (1 + 2 * OTHER):
+        false = [said[int(rng.integers(len(said)))]]
+    return replace(false[rng.integers(len(false))], phrasing=ask.phrasing).caption if false else ask.caption
+
+
+def unsourced(wrong: Mapping[str, float]) -> dict[str, float]:
+    """Returns the same share of wrong captions for every style: their mean."""
+    return dict.fromkeys(wrong, float(np.mean(list(wrong.values()))))
 
 
 def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, list[Ask]]:
@@ -147,10 +179,11 @@ def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tens
     Raises:
         ValueError: The latents on disk are of other scenes, because the world has changed since.
     """
-    path, said = args.out / "latents.pt", said_of(SCENES, args.seed + 2)
+    path, drawn = args.out / "latents.pt", list(scenes(SCENES, args.seed + 2, SKILL_SHARES))
+    said = [ask for ask, _, _ in drawn]
     captions = [ask.caption for ask in said]
     if not path.exists():
-        pixels = pictures(SCENES, args.seed + 2)
+        pixels = pictures(drawn)
         with torch.no_grad():
             modes = [vae.encode(as_input(part)).latent_dist.mode() for part in pixels.split(256)]
         latents = (torch.cat(modes) - vae.config.shift_factor) * vae.config.scaling_factor
@@ -159,16 +192,6 @@ def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tens
     if saved["captions"] != captions:
         raise ValueError(f"the pictures of {path} do not belong to these captions; remove the file, and start anew")
     return saved["latents"], said
-
-
-def said_of(count: int, seed: int) -> list[Ask]:
-    """Returns what may be said of the `pictures` of the same seed."""
-    rng = np.random.default_rng(seed)
-    said = []
-    for _ in range(count):
-        said.append(random_ask(rng))
-        said[-1].scene(rng), random_background(rng)
-    return said
 
 
 class Run:

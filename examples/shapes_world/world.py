@@ -39,8 +39,9 @@ RELATION_MARGIN = 2.0  # pixels by which a drawn relation holds more along its a
 _GAP, _FREE_GAP = 0.8, 2.0  # pixels between the circles around any two objects
 _OVERSAMPLING = 8
 
-_FRAMES = ("{}", "there is {}", "draw {}")
-_PLURAL_FRAMES = ("{}", "there are {}", "draw {}")
+STYLES = ("bare", "title", "description")  # of a sentence
+_FRAMES = {"bare": "{}", "title": "drawing of {}", "description": "there is {}"}
+_PLURAL_FRAMES = {**_FRAMES, "description": "there are {}"}
 _RELATION_WORDS = {
     "left": ("left of", "west of"),
     "right": ("right of", "east of"),
@@ -110,10 +111,13 @@ class Ask:
             phrases = _RELATION_WORDS[self.relation]
             words = [f"{words[0]} {phrases[self.phrasing % len(phrases)]} {words[1]}", *words[2:]]
         said = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-        if len(self.wants) > 2:
-            return said
         frames = _FRAMES if self.wants[0].count == 1 else _PLURAL_FRAMES
-        return frames[self.phrasing // 2 % len(frames)].format(said)
+        return frames[self.style].format(said)
+
+    @property
+    def style(self) -> str:
+        """How the sentence is put, one of `STYLES`."""
+        return STYLES[self.phrasing // 2 % len(STYLES)]
 
     def rephrased(self, rng: np.random.Generator) -> "Ask":
         """Returns the same, said in a random way."""
@@ -260,7 +264,7 @@ def vocabulary() -> list[str]:
     """Returns every word that a caption can hold, sorted."""
     words = {",", "and", *COLORS, *NUMBERS.values(), *SHAPES}
     words |= {Want(2, None, shape).words().split()[-1] for shape in SHAPES}
-    for phrases in (_FRAMES, _PLURAL_FRAMES, *_RELATION_WORDS.values()):
+    for phrases in (_FRAMES.values(), _PLURAL_FRAMES.values(), *_RELATION_WORDS.values()):
         words |= {word for phrase in phrases for word in phrase.replace("{}", "").split()}
     return sorted(words)
 
