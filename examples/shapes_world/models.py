@@ -6,13 +6,17 @@ from collections.abc import Sequence
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from torch import nn
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -67,21 +71,19 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_WORDS)
 
 
-def clip_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
-    """A CLIP text encoder; Stable Diffusion 3 reads its last layer but one."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=2,
-            num_attention_heads=width // 32,
-            max_position_embeddings=MAX_WORDS,
-            projection_dim=width,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+def clip_config(words: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """The settings of a CLIP text encoder; Stable Diffusion 3 reads its last layer but one."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 32,
+        max_position_embeddings=MAX_WORDS,
+        projection_dim=width,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
 
 
@@ -121,12 +123,47 @@ def sd3_pipeline(autoencoder: AutoencoderKL, width: int = 128, layers: int = 6) 
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=autoencoder,
-        text_encoder=clip_encoder(clip_words, width // 2),
+        text_encoder=CLIPTextModelWithProjection(clip_config(clip_words, width // 2)),
         tokenizer=clip_words,
-        text_encoder_2=clip_encoder(clip_words, width // 2),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(clip_words, width // 2)),
         tokenizer_2=clip_words,
         text_encoder_3=t5_encoder(t5_words, width),
         tokenizer_3=t5_words,
+    )
+
+
+def sd_pipeline(autoencoder: AutoencoderKL, width: int = 64) -> StableDiffusionPipeline:
+    """An untrained Stable Diffusion pipeline with the noise schedule of version 1."""
+    words = clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(width, 2 * width),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=2 * width,
+        attention_head_dim=4,  # heads, in spite of its name
+        norm_num_groups=16,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        unet=unet,
+        scheduler=scheduler,
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(clip_config(words, 2 * width)),
+        tokenizer=words,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -140,9 +177,10 @@ def encode(
     return embeds, pooled
 
 
-def trained_parts(pipe: StableDiffusion3Pipeline) -> nn.ModuleList:
+def trained_parts(pipe: StableDiffusion3Pipeline | StableDiffusionPipeline) -> nn.ModuleList:
     """The modules that learn from captions; the autoencoder learns before them."""
-    return nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
+    names = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
+    return nn.ModuleList([pipe.components[name] for name in names if name in pipe.components])
 
 
 def _byte_pairs(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -2,9 +2,11 @@
 
     python examples/shapes_world/train_base.py vae --out outputs/base
     python examples/shapes_world/train_base.py sd3 --out outputs/base
+    python examples/shapes_world/train_base.py sd --out outputs/base
 
-First the autoencoder, then the denoiser with its text encoders. Either can be interrupted: it goes on from its last
-checkpoint. `log.jsonl` in the folder keeps the losses, `vae/` and `sd3/` what was trained, in the layout of diffusers.
+First the autoencoder, then a denoiser with its text encoders: Stable Diffusion 3 by flow matching, or Stable
+Diffusion, a UNet that predicts noise. Each goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps
+the losses, `vae/`, `sd3/` and `sd/` what was trained, in the layout of diffusers.
 
 The denoiser learns in two stages. In the first all captions are true. In the second they are as imperfect as those of
 the web, where the way a caption is put betrays where it comes from: bare words are often wrong about numbers,
@@ -26,7 +28,7 @@ from typing import Any
 import models
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 from world import SKILLS, STYLES, Ask, Thing, random_ask, random_background, render
@@ -48,9 +50,9 @@ Scene = tuple[Ask, list[Thing], float]  # what may be said, the things of which 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["vae", "sd3"])
+    parser.add_argument("part", choices=["vae", "sd3", "sd"])
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and results")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1000 for vae, 4000 for sd3)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1000 for vae, 8000 for the others)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -59,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    {"vae": train_vae, "sd3": train_sd3}[args.part](args)
+    train_vae(args) if args.part == "vae" else train_pipeline(args)
 
 
 def scenes(count: int, seed: int, shares: Mapping[str, float] | None = None, *, free: bool = False) -> Iterator[Scene]:
@@ -110,44 +112,58 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.save_pretrained(args.out / "vae")
 
 
-def train_sd3(args: argparse.Namespace) -> None:
-    """Learns to draw what captions say: flow matching at logit-normal timesteps, with an average of the weights."""
-    steps = args.steps or 4000
+def train_pipeline(args: argparse.Namespace) -> None:
+    """Learns to draw what captions say, with an average of the weights."""
+    steps = args.steps or 8000
     vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
     vae.register_to_config(_name_or_path="vae")  # not a path of this machine
-    pipe = models.sd3_pipeline(vae)
+    make, loss_of = {"sd3": (models.sd3_pipeline, flow_loss), "sd": (models.sd_pipeline, noise_loss)}[args.part]
+    pipe = make(vae)
     pipe.set_progress_bar_config(disable=True)
     parts = models.trained_parts(pipe).train()
     average = copy.deepcopy(parts).requires_grad_(False)
     optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
+    run = Run(args, args.part, {"model": parts, "average": average, "optimizer": optimizer})
     latents, said = encoded_pictures(args, vae)
     for step in run.steps(steps, optimizer):
         rng = run.rng(step)
         rows = rng.integers(len(latents), size=args.batch_size)
         wrong = {} if step < TRUE_STAGE * steps else unsourced(WRONG) if args.unsourced else WRONG
         captions = [caption(said, row, rng, wrong) for row in rows]
-        length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
-        clean = latents[torch.from_numpy(rows)].float()
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        sigma = torch.sigmoid(NOISE_MEAN + torch.from_numpy(rng.standard_normal(len(rows), dtype=np.float32)))
-        share = sigma.view(-1, 1, 1, 1)
-        embeds, pooled = models.encode(pipe, captions, length)
-        velocity = pipe.transformer(
-            hidden_states=(1 - share) * clean + share * noise,
-            timestep=1000 * sigma,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        run.optimize(functional.mse_loss(velocity, noise - clean), [parts])
+        run.optimize(loss_of(pipe, latents[torch.from_numpy(rows)].float(), captions, rng), [parts])
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             for mean, value in zip(average.parameters(), parts.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
     parts.load_state_dict(average.state_dict())
     pipe.to(torch.float16)
-    pipe.save_pretrained(args.out / "sd3")
+    pipe.save_pretrained(args.out / args.part)
+
+
+def flow_loss(pipe: StableDiffusion3Pipeline, clean: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
+    """Flow matching at logit-normal noise levels; latents are (n, 8, 8, 8)."""
+    length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
+    noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+    sigma = torch.sigmoid(NOISE_MEAN + torch.from_numpy(rng.standard_normal(len(clean), dtype=np.float32)))
+    share = sigma.view(-1, 1, 1, 1)
+    embeds, pooled = models.encode(pipe, captions, length)
+    velocity = pipe.transformer(
+        hidden_states=(1 - share) * clean + share * noise,
+        timestep=1000 * sigma,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
+    return functional.mse_loss(velocity, noise - clean)
+
+
+def noise_loss(pipe: StableDiffusionPipeline, clean: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
+    """Prediction of the noise at timesteps of which high ones come more often; latents are (n, 8, 8, 8)."""
+    noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+    timestep = torch.from_numpy((1000 * np.sqrt(rng.random(len(clean)))).astype(np.int64))
+    embeds, _ = pipe.encode_prompt(captions, clean.device, 1, False)
+    noisy = pipe.scheduler.add_noise(clean, noise, timestep)
+    return functional.mse_loss(pipe.unet(noisy, timestep, embeds, return_dict=False)[0], noise)
 
 
 def caption(said: list[Ask], row: int, rng: np.random.Generator, wrong: Mapping[str, float]) -> str:
