@@ -28,6 +28,12 @@ from diffusers_softrepa import flow_edit
 
 KINDS = ("color", "object", "count")
 NEAR = 4.0  # pixels; a thing nearer than this to where it was has stayed
+SETTINGS = {  # of FlowEdit in this world
+    "num_inference_steps": 28,
+    "strength": 0.8,
+    "source_guidance_scale": 1.5,
+    "target_guidance_scale": 5.5,
+}
 MARGIN = 1.5  # pixels around a changed thing that belong to it
 _SKILLS = {"color": ("colors", "color_attr"), "object": ("colors", "color_attr"), "count": ("counting",)}
 _SCALE, _LABEL = 3, 12  # of pictures, and height of a line of text
@@ -186,10 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, dict[str
     parser.add_argument("--adapter", help="folder or file of soft tokens")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--count", type=int, default=64, help="edits of every kind (default: 64)")
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--strength", type=float, default=0.8, help="share of the steps that run (default: 0.8)")
-    parser.add_argument("--source-guidance", type=float, default=1.5)
-    parser.add_argument("--target-guidance", type=float, default=5.5)
+    parser.add_argument("--steps", type=int, default=SETTINGS["num_inference_steps"])
+    parser.add_argument("--strength", type=float, default=SETTINGS["strength"], help="share of the steps that run")
+    parser.add_argument("--source-guidance", type=float, default=SETTINGS["source_guidance_scale"])
+    parser.add_argument("--target-guidance", type=float, default=SETTINGS["target_guidance_scale"])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
