@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +39,16 @@ def test_everything_from_training_to_the_table(study, tmp_path, capsys, monkeypa
     assert set(results) == {"base", "softrepa", "lora"}
     assert 0 <= results["softrepa"]["3"]["top1"] <= 1
     assert results["base"]["1"]["distance"] > 0
+    gain, error = results["softrepa"]["3"]["gain"]
+    totals = [results[name]["3"]["accuracy"]["total"][0] for name in ("softrepa", "base")]
+    assert gain == pytest.approx(totals[0] - totals[1]) and error >= 0
+
+
+def test_the_base_is_measured_with_every_prompt_put_as_a_description_too(study):
+    args = SimpleNamespace(per_skill=2)
+    plain, described = (study.asked(name, 0, args) for name in study.BASE_ROWS)
+    assert {ask.style for ask in described} == {"description"}
+    assert [(ask.wants, ask.relation) for ask in plain] == [(ask.wants, ask.relation) for ask in described]
 
 
 def test_wrong_captions_of_the_pairs_are_wrong(study):

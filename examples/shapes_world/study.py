@@ -21,7 +21,7 @@ import torch
 from drawing import BASE, FOLDER, Measured, as_input, draw, features, load_base, measure
 from models import MAX_WORDS
 from peft import LoraConfig
-from world import SIZE, SKILLS, prompts, random_ask, random_background, render
+from world import SIZE, SKILLS, STYLES, Ask, prompts, random_ask, random_background, render
 
 from diffusers_softrepa import SoftREPAConfig
 from diffusers_softrepa.conditioning import conditioner_of
@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "agsm-hard": {"objective": "agsm", "hard": 3},
 }
 LORA = "lora"  # plain denoising, as many numbers as the tokens
+BASE_ROWS = {"base": None, "base, described": "description"}  # the base alone, and with every prompt in that style
 
 
 def pairs(count: int, seed: int, hard: int = 0) -> list[dict[str, Any]]:
@@ -142,11 +143,23 @@ def put_on(pipe: Any, folder: Path | None) -> None:
         pipe.load_softrepa(folder)
 
 
+def asked(name: str, seed: int, args: argparse.Namespace) -> list[Ask]:
+    """Returns the prompts of a row of the table."""
+    style = BASE_ROWS.get(name)
+    asks = prompts(args.per_skill, seed)
+    return asks if style is None else [ask.styled(style) for ask in asks]
+
+
+def saved_at(name: str, guidance: float, seed: int, args: argparse.Namespace) -> Path:
+    """Returns where a measurement is kept."""
+    return args.out / f"{name.replace(', ', '-')}-g{guidance:g}-s{seed}.npz"
+
+
 def measured(name: str, guidance: float, seed: int, args: argparse.Namespace, pipe: Any) -> Measured:
     """Returns the measurement of one setting, from the disk or made now."""
-    path = args.out / f"{name}-g{guidance:g}-s{seed}.npz"
+    path = saved_at(name, guidance, seed, args)
     if not path.exists():
-        asks = prompts(args.per_skill, seed)
+        asks = asked(name, seed, args)
         found = measure(pipe(), draw(pipe(), asks, guidance=guidance, seed=seed), asks)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **vars(found))
@@ -163,7 +176,7 @@ def measure_all(names: Sequence[str], args: argparse.Namespace) -> None:
         def pipe(name: str = name, made: list[Any] = made) -> Any:
             if not made:
                 made.append(load_base(args.base))
-                put_on(made[0], None if name == "base" else args.adapters / name)
+                put_on(made[0], None if name in BASE_ROWS else args.adapters / name)
             return made[0]
 
         for guidance in args.guidance:
@@ -186,19 +199,18 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
     rng = np.random.default_rng(12345)
     real = features(base, [render(random_ask(rng).scene(rng), random_background(rng)) for _ in range(2000)])
     table: dict[str, dict[str, Any]] = {}
+    correct: dict[tuple[str, str], np.ndarray] = {}
     for name in names:
         diagnostics = _diagnostics(args.adapters / name / "log.jsonl")
         for guidance in args.guidance:
-            paths = [args.out / f"{name}-g{guidance:g}-s{seed}.npz" for seed in range(args.seeds)]
-            if not all(path.exists() for path in paths):
+            if not all(saved_at(name, guidance, seed, args).exists() for seed in range(args.seeds)):
                 continue
             runs = [measured(name, guidance, seed, args, lambda: base) for seed in range(args.seeds)]
-            scores = [run.accuracy(prompts(args.per_skill, seed)) for seed, run in enumerate(runs)]
-            counting = [
-                np.array([a.skill == "counting" for a in prompts(args.per_skill, s)]) for s in range(args.seeds)
-            ]
+            asks = [asked(name, seed, args) for seed in range(args.seeds)]
+            scores = [run.accuracy(some) | run.by_style(some) for run, some in zip(runs, asks, strict=True)]
+            counting = [np.array([ask.skill == "counting" for ask in some]) for some in asks]
             table.setdefault(name, {})[f"{guidance:g}"] = {
-                "accuracy": {key: _mean_and_error([score[key] for score in scores]) for key in (*SKILLS, "total")},
+                "accuracy": {key: _mean_and_error([score[key] for score in scores]) for key in scores[0]},
                 "quality": _mean_and_error([float(run.quality.mean()) for run in runs]),
                 "counted": _mean_and_error(
                     [float(run.counted[chosen].mean()) for run, chosen in zip(runs, counting, strict=True)]
@@ -206,26 +218,36 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
                 "distance": frechet(np.concatenate([run.features for run in runs]), real),
                 **diagnostics,
             }
+            correct[name, f"{guidance:g}"] = np.concatenate([run.correct for run in runs])
+    for (name, scale), found in correct.items():
+        row = table[name][scale]
+        for key, other in (("gain", scale), ("gain_at_best", best_scale(table.get("base", {}), scale))):
+            if ("base", other) in correct and name != "base":
+                row[key] = _mean_and_error(found.astype(float) - correct["base", other])
     return table
+
+
+def best_scale(scales: Mapping[str, Any], otherwise: str | None = None) -> str | None:
+    """Returns the guidance scale at which a row of the table has its highest total."""
+    return max(scales, key=lambda scale: scales[scale]["accuracy"]["total"][0]) if scales else otherwise
 
 
 def as_markdown(table: Mapping[str, Mapping[str, Any]], guidance: str | None = None) -> str:
     """Returns a table of all adapters at one guidance scale, or each at its own best."""
-    lines = [
-        "| adapter | guidance | "
-        + " | ".join(SKILLS)
-        + " | **total** | too many | shape quality | Frechet | top-1 | information |",
-        "| --- " * (len(SKILLS) + 8) + "|",
-    ]
+    headings = ["adapter", "guidance", *SKILLS, "**total**", "gain", *STYLES, "too many", "shape quality", "Frechet"]
+    lines = ["| " + " | ".join([*headings, "top-1", "information"]) + " |", "| --- " * (len(headings) + 2) + "|"]
     for name, scales in table.items():
-        best = guidance or max(scales, key=lambda scale: scales[scale]["accuracy"]["total"][0])
-        row = scales[best]
-        cells = [f"{100 * row['accuracy'][skill][0]:.0f}" for skill in SKILLS]
-        mean, error = row["accuracy"]["total"]
-        cells += [f"**{100 * mean:.1f} ± {100 * error:.1f}**", f"{row['counted'][0]:+.2f}"]
-        cells += [f"{row['quality'][0]:.3f}", f"{row['distance']:.2f}"]
+        scale = guidance or best_scale(scales)
+        row = scales[scale]
+        percent = {key: f"{100 * mean:.0f}" for key, (mean, _) in row["accuracy"].items()}
+        cells = [name, scale, *(percent[skill] for skill in SKILLS)]
+        cells.append("**{:.1f} ± {:.1f}**".format(*(100 * number for number in row["accuracy"]["total"])))
+        gain = row.get("gain" if guidance else "gain_at_best")
+        cells.append("{:+.1f} ± {:.1f}".format(*(100 * number for number in gain)) if gain else "")
+        cells += [percent[style] for style in STYLES]
+        cells += [f"{row['counted'][0]:+.2f}", f"{row['quality'][0]:.3f}", f"{row['distance']:.2f}"]
         cells += [f"{row[key]:.2f}" if key in row else "" for key in ("top1", "information")]
-        lines.append(f"| {name} | {best} | " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -261,12 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = args.names or [*VARIANTS, LORA]
     if args.part in ("all", "train"):
         for name in names:
-            if name != "base" and not (args.adapters / name).exists():
+            if name not in BASE_ROWS and not (args.adapters / name).exists():
                 train(name, args.adapters, args.base, steps=args.steps)
     if args.part in ("all", "measure"):
-        measure_all(args.names or ["base", *names], args)
+        measure_all(args.names or [*BASE_ROWS, *names], args)
     if args.part in ("all", "table"):
-        table = results(args.names or ["base", *names], args)
+        table = results(args.names or [*BASE_ROWS, *names], args)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
         text = "Each at its best guidance scale:\n\n" + as_markdown(table)

@@ -123,6 +123,10 @@ class Ask:
         """Returns the same, said in a random way."""
         return replace(self, phrasing=int(rng.integers(6)))
 
+    def styled(self, style: str) -> "Ask":
+        """Returns the same, put in one of the `STYLES`."""
+        return replace(self, phrasing=2 * STYLES.index(style) + self.phrasing % 2)
+
     def true_of(self, things: Sequence[Thing]) -> bool:
         """Returns whether the caption is exactly true: all that it says and nothing beside it."""
         if len(things) != sum(want.count for want in self.wants):
