@@ -125,6 +125,13 @@ def test_an_adapter_of_one_denoiser_alone_is_one_too(tmp_path: Path):
     pipe.transformer.add_softrepa(config(pipe), "early")
     pipe.set_softrepa(["early", "softrepa"], [0.5, 1.0])
     assert pipe.get_softrepa_adapters() == {"early": 0.5, "softrepa": 1.0}
+    with pytest.raises(ValueError, match="weight"):
+        pipe.set_softrepa("softrepa", float("nan"))
+    assert pipe.get_softrepa_adapters() == {"early": 0.5, "softrepa": 1.0}
+    pipe.set_softrepa("early")
+    assert pipe.get_softrepa_adapters() == {"early": 1.0, "softrepa": None}
+    pipe.set_softrepa("softrepa")
+    assert torch.equal(generate(pipe), expected)
     with pytest.raises(
         ValueError, match=r"no soft-token adapter is named \['never'\]; loaded are \['early', 'softrepa'\]"
     ):

@@ -221,7 +221,8 @@ def set_softrepa(target: Any, names: str | Sequence[str], weights: float | Seque
     """Makes exactly the named adapters active, each with its weight.
 
     At weight 0 the output is the base model's, bit for bit; at 1 the trained adapter's; in between each block's output
-    moves in a straight line from one to the other. Several adapters at weight 1 all show their tokens.
+    moves in a straight line from one to the other. Several adapters at weight 1 all show their tokens. Of a
+    pipeline's denoisers, one that has none of them has no active adapter then.
 
     Args:
         target: A pipeline or a denoiser.
@@ -233,12 +234,16 @@ def set_softrepa(target: Any, names: str | Sequence[str], weights: float | Seque
     """
     chosen = [names] if isinstance(names, str) else list(names)
     each = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights)
-    for adapters in _having(target, chosen).values():
+    having = _having(target, chosen)
+    for adapters in having.values():
         if set(chosen) <= set(adapters.names):
             adapters.activate(chosen, each)
         else:
             shares = [pair for pair in zip(chosen, each, strict=True) if pair[0] in adapters.names]
             adapters.activate([name for name, _ in shares], [weight for _, weight in shares])
+    for component, adapters in _having(target).items():
+        if component not in having:
+            adapters.activate([], [])
 
 
 def enable_softrepa(target: Any) -> None:
