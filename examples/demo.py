@@ -23,7 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from drawing import BASE, Measured, draw, load_base, measure, side_by_side
+from drawing import BASE, Measured, draw, framed, load_base, measure
 from study import ADAPTERS, pairs, trainer_arguments
 from world import SKILLS, prompts
 
@@ -58,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [
         skill * given.per_skill + place for skill in range(len(SKILLS)) for place in range(min(2, given.per_skill))
     ]
-    columns = {name: [images[row] for row in rows] for name, images in pictures.items()}
+    columns = {name: [images[row : row + 1] for row in rows] for name, images in pictures.items()}
     path = output / "pictures.png"
-    side_by_side(columns, [asks[row].caption for row in rows]).save(path)
-    print(f"3. Pictures: {path}")
+    framed(columns, [asks[row] for row in rows]).save(path)
+    print(f"3. Pictures, framed green where the oracle finds what was asked: {path}")
 
     print(f"4. A fresh adapter, {given.steps} steps of training on pictures made now")
     train(pipe, output / "trained", given.steps, given.seed)

@@ -11,12 +11,14 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from models import MAX_WORDS
 from oracle import judge
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from world import SIZE, SKILLS, STYLES, Ask
 
 FOLDER = Path(os.path.relpath(Path(__file__).parent))  # files that are written carry no path of this machine
 BASE = FOLDER / "sd3"
 STEPS = 14
+RIGHT, WRONG = (46, 160, 67), (215, 58, 73)  # of the frames around pictures
+_FRAME = 3
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,33 @@ def features(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image]) -> n
     """Returns the embedding in which pictures are compared as sets, (images, 128)."""
     latents = [pipe.vae.encode(part).latent_dist.mode() for part in as_input(images).split(128)]
     return torch.nn.functional.avg_pool2d(torch.cat(latents), 2).flatten(1).numpy()
+
+
+def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[Ask], scale: int = 2) -> Image.Image:
+    """Returns one picture: a row for each ask, and for each name the pictures drawn of it, framed by the oracle.
+
+    Args:
+        columns: By name, for each ask the pictures of one or more seeds.
+        asks: What was asked.
+        scale: Enlargement.
+    """
+    side, words, gap, top = SIZE * scale + 2 * _FRAME, 330, 14, 26
+    widths = [max(len(images) for images in rows) * (side + 2) + gap for rows in columns.values()]
+    canvas = Image.new("RGB", (words + sum(widths), top + len(asks) * (side + 6)), "white")
+    pen: Any = ImageDraw.Draw(canvas)
+    font: Any = ImageFont.load_default(14)
+    for column, (name, rows) in enumerate(columns.items()):
+        left = words + sum(widths[:column])
+        pen.text((left, 4), name, fill="black", font=font)
+        for row, (ask, images) in enumerate(zip(asks, rows, strict=True)):
+            for place, image in enumerate(images):
+                color = RIGHT if judge(image, ask).correct else WRONG
+                large = image.resize((SIZE * scale,) * 2, Image.Resampling.NEAREST)
+                framed = ImageOps.expand(large, _FRAME, color)
+                canvas.paste(framed, (left + place * (side + 2), top + row * (side + 6)))
+    for row, ask in enumerate(asks):
+        pen.text((6, top + row * (side + 6) + side // 2 - 9), ask.caption, fill="black", font=font)
+    return canvas
 
 
 def side_by_side(columns: dict[str, Sequence[Image.Image]], captions: Sequence[str], scale: int = 3) -> Image.Image:

@@ -4,6 +4,7 @@
     python examples/shapes_world/study.py train softrepa agsm   # some adapters
     python examples/shapes_world/study.py measure --seeds 5 --guidance 1 2 3 4
     python examples/shapes_world/study.py table
+    python examples/shapes_world/study.py picture softrepa --guidance 3
 
 Adapters are kept in `adapters/`, one folder each, measurements in `--out`, a file for each adapter, guidance scale and
 seed, so the study can be interrupted. Several processes can share it: give each some of the names.
@@ -18,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import BASE, FOLDER, Measured, as_input, draw, features, load_base, measure
+from drawing import BASE, FOLDER, Measured, as_input, draw, features, framed, load_base, measure
 from models import MAX_WORDS
 from peft import LoraConfig
+from PIL import Image
 from world import SIZE, SKILLS, STYLES, Ask, prompts, random_ask, random_background, render
 
 from diffusers_softrepa import SoftREPAConfig
@@ -184,6 +186,18 @@ def measure_all(names: Sequence[str], args: argparse.Namespace) -> None:
                 measured(name, guidance, seed, args, pipe)
 
 
+def picture(args: argparse.Namespace, each: int = 2, columns: int = 4) -> Image.Image:
+    """Returns the first prompts of every skill, drawn from the same noise by the base and by the named adapters."""
+    asks = [ask for row, ask in enumerate(prompts(args.per_skill, 0)) if row % args.per_skill < each]
+    found = {}
+    for name in ("base", *args.names):
+        pipe = load_base(args.base)
+        put_on(pipe, None if name == "base" else args.adapters / name)
+        drawn = draw(pipe, [ask for ask in asks for _ in range(columns)], guidance=args.guidance[0])
+        found[name] = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
+    return framed(found, asks)
+
+
 def frechet(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the Frechet distance of the normal distributions of two sets of features, (n, d) each."""
     spread, other = (np.cov(part, rowvar=False) for part in (first, second))
@@ -270,7 +284,7 @@ def _line(accuracy: Mapping[str, float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["all", "train", "measure", "table"], default="all")
+    parser.add_argument("part", nargs="?", choices=["all", "train", "measure", "table", "picture"], default="all")
     parser.add_argument("names", nargs="*", help="adapters; all unless given")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)
@@ -287,6 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train(name, args.adapters, args.base, steps=args.steps)
     if args.part in ("all", "measure"):
         measure_all(args.names or [*BASE_ROWS, *names], args)
+    if args.part == "picture":
+        args.out.mkdir(parents=True, exist_ok=True)
+        picture(args).save(args.out / "pictures.png", optimize=True)
     if args.part in ("all", "table"):
         table = results(args.names or [*BASE_ROWS, *names], args)
         args.out.mkdir(parents=True, exist_ok=True)
