@@ -99,7 +99,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Published:
-    """Seconds for a picture that others measured, one picture at a time, text and decoding included.
+    """Seconds for a picture that others measured: one at a time, text and decoding included, guidance taken to be on.
 
     Attributes:
         model: One of `MODELS`.
@@ -122,7 +122,7 @@ class Published:
 
 _FAL = "fal.ai's benchmarks, https://github.com/fal-ai/stable-diffusion-benchmarks"
 _SDXL_CARD = "model card, https://huggingface.co/stabilityai/stable-diffusion-xl-1.0-tensorrt"
-_SD3_CARD = "model card, https://huggingface.co/stabilityai/stable-diffusion-3-medium-tensorrt"
+_SD3_CARD = "model card, https://huggingface.co/ckpt/stable-diffusion-3-medium-stable-diffusion-3-medium-tensorrt"
 PUBLISHED = (
     Published("sd15", "A100 80 GB SXM", "diffusers, torch 2.1", 50, 1.591, _FAL),
     Published("sdxl", "A100 80 GB SXM", "diffusers, torch 2.1", 50, 5.933, _FAL),
