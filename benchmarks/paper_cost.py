@@ -5,7 +5,7 @@
 The real classes at their published sizes run on the meta device, which computes nothing: denoiser, text encoders and
 autoencoder. Sizes, steps and guidance are those of `examples/reproduce_paper.py`. An operation is a multiplication or
 an addition of a matrix product, a convolution or an attention, as makers of GPUs count them. Hours follow from how
-many of them a GPU achieves in a second, which nobody measured here: `PUBLISHED` holds seconds that others measured, and
+many of them a GPU achieves in a second, which was not measured here: `PUBLISHED` holds what others measured, and
 the table says how many operations a second that was. Soft tokens add 0.03 % (docs/benchmarks.md); scoring and loading
 are not counted.
 """
