@@ -26,7 +26,7 @@ def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys):
     for skill in (*demo.SKILLS, "total"):
         assert re.search(rf"{skill} +\d+\.\d % +\d+\.\d %", printed)
     with Image.open(tmp_path / "pictures.png") as pictures:
-        assert pictures.height > 14 * 96
+        assert pictures.height > 14 * 64
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.width > 900
     log = [json.loads(line) for line in (tmp_path / "trained" / "log.jsonl").read_text().splitlines()]

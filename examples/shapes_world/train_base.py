@@ -37,7 +37,7 @@ SCENES = 60_000  # pictures that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
-TRUE_STAGE = 0.5  # share of the steps, at the beginning, in which captions are true
+TRUE_STAGE = 2 / 3  # share of the steps, at the beginning, in which captions are true
 # Then the share of captions of several things, by style, with a number, a relation or two attributes confused;
 WRONG = dict(zip(STYLES, (0.5, 0.3, 0.0), strict=True))
 OTHER = 0.1  # and how many belong to another picture or have a wrong word, each as a part of that.
