@@ -3,7 +3,9 @@
     python examples/shapes_world/train_clip.py --out outputs/clip
 
 Every caption of a batch is a negative of every other picture, and no caption is written to be wrong: that is how CLIP
-models learn, and why they see less in a caption than is there. `clip/` in the folder holds model, tokenizer and image
+models learn, and why they see less in a caption than is there. The batch is small because the world is: as in a large
+world, a caption seldom meets one that differs from it in a single thing. (With 128 it learns which attribute belongs to
+which thing: `--batch-size 128 --steps 1500`, as many captions.) `clip/` in the folder holds model, tokenizer and image
 processor, as `diffusers_softrepa.evaluation.CLIPScore` loads them; `log.jsonl` keeps the losses. An interrupted
 training goes on from its last checkpoint.
 """
@@ -31,9 +33,9 @@ _HALVES = {"mean": [0.5] * 3, "std": [0.5] * 3}  # pixels of 0..1 become -1..1
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and result")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (default: 1500)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (default: 6000)")
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"pictures to learn from (default: {SCENES})")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures and captions to match (default: 32)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=250)
