@@ -114,7 +114,7 @@ def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[A
         asks: What was asked.
         scale: Enlargement.
     """
-    side, words, gap, top = SIZE * scale + 2 * _FRAME, 330, 14, 26
+    side, words, gap, top = SIZE * scale + 2 * _FRAME, 410, 14, 26
     widths = [max(len(images) for images in rows) * (side + 2) + gap for rows in columns.values()]
     canvas = Image.new("RGB", (words + sum(widths), top + len(asks) * (side + 6)), "white")
     pen: Any = ImageDraw.Draw(canvas)
