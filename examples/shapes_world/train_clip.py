@@ -6,8 +6,8 @@ Every caption of a batch is a negative of every other picture, and no caption is
 models learn, and why they see less in a caption than is there. The batch is small because the world is: as in a large
 world, a caption seldom meets one that differs from it in a single thing. (With as many captions in batches of 128,
 `--batch-size 128 --steps 1500`, it learns which attribute belongs to which thing.) `clip/` in the folder holds model,
-tokenizer and image processor, as `diffusers_softrepa.evaluation.CLIPScore` loads them; `log.jsonl` keeps the losses. An
-interrupted training goes on from its last checkpoint.
+tokenizer and image processor, as `diffusers_softrepa.evaluation.CLIPScore` loads them; `log.jsonl` keeps the losses.
+An interrupted training goes on from its last checkpoint.
 """
 
 import argparse
