@@ -145,6 +145,19 @@ def test_a_second_push_brings_the_generated_part_of_the_card_up_to_date(hub: Any
     assert f'pipe.load_softrepa("{REPO}")' in card and card.endswith("By hand.\n")
 
 
+def test_words_that_are_not_pushed_are_warned_of(
+    hub: Any, pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for _ in range(2):
+        pipe.save_softrepa(tmp_path, push_to_hub=True, repo_id=REPO, token=ALICE)
+    assert "differ from" not in caplog.text
+    with open(tmp_path / CARD, "a", encoding="utf-8") as card:
+        card.write("\nWritten here.\n")
+    pipe.save_softrepa(tmp_path, push_to_hub=True, repo_id=REPO, token=ALICE)
+    assert f"differ from those of {REPO} on the Hub, which stay as they are there" in caplog.text
+    assert b"Written here" not in hub.files(REPO)[CARD]
+
+
 def test_a_login_can_be_checked_before_anything_long_starts(hub: Any):
     check_login(ALICE)
     with pytest.raises(OSError, match="pushing needs a Hub login, but: Invalid user token"):

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from .config import SoftREPAConfig
 
 _UNKNOWN_BASE = "the/base-model"
+_METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _SECTION = re.compile(r"<!-- softrepa:(\w+) [^>]*-->\n.*?<!-- /softrepa:\1 -->", re.DOTALL)
 
 _ADAPTER = """# SoftREPA adapter{for_base}
@@ -115,6 +116,11 @@ def refreshed(existing: str, fresh: str) -> str:
             (start, end), gap = present[found.group(1)].span(), ""
         text = text[:start] + gap + found.group(0) + text[end:]
     return text
+
+
+def words_by_hand(card: str) -> str:
+    """Returns what people wrote in a card: its text without metadata and sections."""
+    return _SECTION.sub("", _METADATA.sub("", card)).strip()
 
 
 def _with_metadata(existing: str, fresh: str) -> str:

@@ -1,5 +1,6 @@
 """The Hub, both ways: one file down, one folder up, and every failure as a sentence that says what to do."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .card import pictures_of, refreshed
+from .card import pictures_of, refreshed, words_by_hand
+
+logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 UNKNOWN_REPO = "user/this-adapter"  # stands for the repository in a card that is written before it is known
@@ -176,6 +179,13 @@ def push_folder(
             shown = [name for name in pictures_of(card) if name not in filenames and (directory / name).is_file()]
             operations += [CommitOperationAdd(name, directory / name) for name in shown]
             existing = _pushed_card(api, repo_id, revision)
+            if existing is not None and words_by_hand(card) not in ("", words_by_hand(existing)):
+                logger.warning(
+                    "the words in %s differ from those of %s on the Hub, which stay as they are there; edit the card "
+                    "on the Hub, or push the file with `hf upload`",
+                    directory / CARD_NAME,
+                    repo_id,
+                )
             card = card if existing is None else refreshed(existing, card)
             if card != existing:
                 operations.append(CommitOperationAdd(CARD_NAME, card.encode(errors="surrogateescape")))
