@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 PUBLISHED ?= $(wildcard ../shared/published/sd3)
 export SOFTREPA_PUBLISHED_SD3 = $(PUBLISHED)
 
-.PHONY: demo test test-all lint format docs bench
+.PHONY: demo space test test-all lint format docs bench
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(RUN) examples/demo.py
+
+# The page's library wants other versions than the tests, so it has an environment of its own.
+space:
+	test -x .venv/space/bin/python || examples/space/install.sh
+	.venv/space/bin/python examples/space/app.py
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow"
@@ -39,3 +44,4 @@ docs: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/adapter.py
 	$(RUN) benchmarks/training.py
+	$(RUN) benchmarks/paper_cost.py
