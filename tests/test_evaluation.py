@@ -22,6 +22,7 @@ import tiny
 from diffusers_softrepa import get_softrepa_adapters
 from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, ImageMetric, Metric, evaluate
 from diffusers_softrepa.evaluation.gallery import generator_seed
+from diffusers_softrepa.evaluation.pictures import grid
 from diffusers_softrepa.evaluation.statistics import clustered_mean, share_better
 from evaluation_runs import ADAPTERS, CALL, PROMPTS, REFERENCES, ColorDistance, Counted, brightness, pipeline, run
 
@@ -405,3 +406,13 @@ def test_names_that_no_file_may_have_are_files_all_the_same(tmp_path: Path):
     assert result.scores["brightness/all"].shape == (1, 5, 1)
     assert len(list((tmp_path / "out" / "images" / "base").iterdir())) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("side", "shown"), [(32, 128), (100, 200), (200, 200), (512, 256)])
+def test_a_grid_shows_small_pictures_enlarged_and_large_ones_reduced(side: int, shown: int):
+    colors = Image.effect_noise((side, side), 80).convert("RGB")
+    sheet = grid([[colors, colors]], ["a caption"], ["base", "adapter"])
+    assert sheet.width == 2 * shown
+    if shown >= side:
+        there = sheet.crop((0, sheet.height - shown, shown, sheet.height))
+        assert there.resize((side, side), Image.Resampling.NEAREST).tobytes() == colors.tobytes()

@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from .result import EvaluationResult
 
 _CAPTION_HEIGHT = 16
-_MAX_SIDE = 256
+_MIN_SIDE, _MAX_SIDE = 128, 256
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], heads: Sequence[str]) -> Image.Image:
     """Returns one picture: a row for each prompt with its caption above, a column for each setting.
+
+    Pictures are at most 256 pixels wide; very small ones are enlarged a whole number of times, without smoothing.
 
     Args:
         rows: Pictures, all rows of equal length.
         captions: What is above each row.
         heads: What is above each column.
     """
-    width = min(_MAX_SIDE, max(picture.width for row in rows for picture in row))
+    widest = max(picture.width for row in rows for picture in row)
+    width = min(_MAX_SIDE, widest * -(-_MIN_SIDE // widest))
     small = [[_fitted(picture, width) for picture in row] for row in rows]
     heights = [max(picture.height for picture in row) + _CAPTION_HEIGHT for row in small]
     sheet = Image.new("RGB", (width * len(heads), _CAPTION_HEIGHT + sum(heights)), "white")
@@ -41,7 +44,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], heads: 
 def _fitted(picture: Image.Image, width: int) -> Image.Image:
     if picture.width == width:
         return picture
-    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+    how = Image.Resampling.LANCZOS if width % picture.width else Image.Resampling.NEAREST
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), how)
 
 
 def plot(result: "EvaluationResult") -> "Figure | None":
