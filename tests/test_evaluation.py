@@ -375,7 +375,7 @@ def test_the_folder_gets_tables_and_pictures(finished: Any):
     assert again.to_dict() == result.to_dict()
     json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (3 * 16, 16 + 3 * 32)
+        assert grid.size == (3 * 128, 16 + 3 * (16 + 128))
     with Image.open(folder / "plot.png") as plot:
         assert len(np.unique(np.asarray(plot.convert("L")))) > 20
 
