@@ -63,3 +63,20 @@ def test_the_frechet_distance_of_independent_normals_has_a_closed_form(study):
     expected = 1 + sum((a - b) ** 2 for a, b in zip((1, 1, 1), (1, 2, 3), strict=True))
     assert study.frechet(first, second) == pytest.approx(expected, rel=0.02)
     assert study.frechet(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_errors_and_words_say_why(capsys):
+    sys.path.insert(0, str(FOLDER))
+    import why
+
+    why.main(["errors", "--count", "10"])
+    printed = capsys.readouterr().out
+    assert printed.count("| description |") == len(why.TIMESTEPS)
+    assert printed.count("| 0.0000 |\n") >= len(why.TIMESTEPS)  # a description lies above itself by nothing
+    pipe = why.load_base()
+    before = repr(pipe.transformer)
+    states = why.words_as_tokens(pipe, 8)
+    assert states.shape == (6, 4, pipe.transformer.inner_dim)
+    assert all(not block._forward_pre_hooks for block in pipe.transformer.transformer_blocks)
+    assert set(why.words(pipe, 1, 1.0)) == {"base", "words as tokens", "described"}
+    assert repr(pipe.transformer) == before
