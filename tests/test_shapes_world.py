@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes_world"))
+FOLDER = Path(__file__).parents[1] / "examples" / "shapes_world"
+sys.path.insert(0, str(FOLDER))
 
 import models
 import oracle
@@ -143,3 +146,27 @@ def test_pictures_show_what_may_be_said_of_their_scenes():
     images = train_base.pictures(drawn).permute(0, 2, 3, 1).numpy()
     for (ask, _, _), pixels in zip(drawn, images, strict=True):
         assert oracle.judge(Image.fromarray(pixels), ask).correct
+
+
+def test_samples_of_the_autoencoders_posterior_are_pictures_too():
+    """Trainers draw latents from the posterior; one that is wide is noise, which no caption explains."""
+    vae = AutoencoderKL.from_pretrained(FOLDER / "sd3" / "vae")
+    scenes = drawn(120, seed=8)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for *_, image in scenes])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        posterior = vae.encode(train_base.as_input(pixels)).latent_dist
+        decoded = vae.decode(posterior.sample(torch.Generator().manual_seed(0))).sample
+    assert posterior.std.mean() < 0.05 * posterior.mean.std()
+    shown = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    right = [oracle.judge(Image.fromarray(one), ask).correct for one, (ask, *_) in zip(shown, scenes, strict=True)]
+    assert np.mean(right) > 0.95
+
+
+def test_narrowing_a_posterior_leaves_its_mode_alone():
+    vae = models.vae()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = vae.encode(pixels).latent_dist
+    train_base.narrow(vae)
+    after = vae.encode(pixels).latent_dist
+    assert torch.equal(before.mean, after.mean)
+    torch.testing.assert_close(after.std, before.std * train_base.NARROWER)

@@ -31,7 +31,7 @@ from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, Contra
 
 ADAPTERS = FOLDER / "adapters"
 PICTURES = 2000  # that adapters learn from, captions all true
-LEARNING_RATE, BATCH, STEPS = 1e-3, 8, 300
+LEARNING_RATE, BATCH, STEPS = 1e-3, 8, 250
 
 # What differs from the trainer's defaults. `hard`: captions written to be wrong join the negatives of an image;
 # `config`: of the tokens. A step is 64 predictions (88 with written negatives), whatever is made of them.

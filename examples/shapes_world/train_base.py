@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from world import SKILLS, STYLES, Ask, Thing, random_ask, random_background, render
 
+NARROWER = 0.1  # than the divergence asks for is the noise with which the decoder learns
 SCENES = 60_000  # pictures that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
@@ -101,15 +102,22 @@ def train_vae(args: argparse.Namespace) -> None:
     for step in run.steps(steps, optimizer):
         batch = as_input(pixels[torch.from_numpy(run.rng(step).integers(len(pixels), size=args.batch_size // 2))])
         posterior = vae.encode(batch).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn_like(posterior.std) * 0.1
+        latents = posterior.mean + posterior.std * torch.randn_like(posterior.std) * NARROWER
         decoded = vae.decode(latents).sample
         error = (decoded - batch).abs().mean() + (decoded - batch).square().mean()
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         run.optimize(error + 1e-4 * divergence, [vae], error=error.item(), divergence=divergence.item())
+    narrow(vae)
     with torch.no_grad():
         latents = torch.cat([vae.encode(as_input(part)).latent_dist.mode() for part in pixels[:2048].split(256)])
     vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     vae.save_pretrained(args.out / "vae")
+
+
+@torch.no_grad()
+def narrow(vae: AutoencoderKL) -> None:
+    """Writes into the encoder how narrow a posterior the decoder has learned from, so that its samples can be used."""
+    vae.encoder.conv_out.bias[models.LATENT_CHANNELS :] += 2 * math.log(NARROWER)  # of the logarithms of variances
 
 
 def train_pipeline(args: argparse.Namespace) -> None:
