@@ -10,8 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-FOLDER = Path(__file__).parents[1] / "examples" / "shapes_world"
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes_world"))
 
 import models
 import oracle
@@ -19,6 +18,7 @@ import train_base
 import world
 from world import Ask, Thing, Want
 
+FOLDER = Path(world.__file__).parent
 RED_CIRCLE = Thing("red", "circle", 6.0, 6.0, 4.2)
 BLUE_SQUARE = Thing("blue", "square", 26.0, 6.0, 4.2)
 
