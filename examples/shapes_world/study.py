@@ -4,7 +4,7 @@
     python examples/shapes_world/study.py train softrepa agsm   # some adapters
     python examples/shapes_world/study.py measure --seeds 5 --guidance 1 2 4
     python examples/shapes_world/study.py table
-    python examples/shapes_world/study.py picture softrepa --guidance 2
+    python examples/shapes_world/study.py picture softrepa lora --guidance 2
 
 Adapters are kept in `adapters/`, one folder each, measurements in `--out`, a file for each adapter, guidance scale and
 seed, so the study can be interrupted. Several processes can share it: give each some of the names.
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_all(args.names or [*BASE_ROWS, *names], args)
     if args.part == "picture":
         args.out.mkdir(parents=True, exist_ok=True)
-        picture(args).save(args.out / "pictures.png", optimize=True)
+        picture(args).quantize(128).save(args.out / "pictures.png", optimize=True)
     if args.part in ("all", "table"):
         table = results(args.names or [*BASE_ROWS, *names], args)
         args.out.mkdir(parents=True, exist_ok=True)
