@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 from world import SKILLS, Ask, Thing, prompts, random_ask, random_background, render
 
 from diffusers_softrepa.evaluation import CLIPScore, EvaluationResult, evaluate, score
-from diffusers_softrepa.evaluation.result import Row
+from diffusers_softrepa.evaluation.result import Row, without_nan
 
 CLIP = FOLDER / "clip"
 ADAPTERS = (FOLDER / "adapters" / "softrepa", FOLDER / "adapters" / "soft-rank")
@@ -187,14 +187,6 @@ def edits(pipe: Any, metric: CLIPScore, names: Sequence[str], args: argparse.Nam
     return compared(score(made, asked, [metric, OracleMetric()]), leave_out=[UNEDITED])
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     """Runs what the command line says and returns what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
         for part, judge in {"pictures": pictures, "edits": edits}.items():
             if part in parts:
                 found[part] = judge(pipe, metric, names, args)
-    (args.out / "agreement.json").write_text(json.dumps(_without_nan(found), indent=1) + "\n", encoding="utf-8")
+    (args.out / "agreement.json").write_text(json.dumps(without_nan(found), indent=1) + "\n", encoding="utf-8")
     (args.out / "agreement.md").write_text(as_markdown(found), encoding="utf-8")
     plot(found).savefig(args.out / "agreement.png", dpi=120)
     print(as_markdown(found))

@@ -126,8 +126,9 @@ def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[A
             for place, image in enumerate(images):
                 color = RIGHT if judge(image, ask).correct else WRONG
                 large = image.resize((SIZE * scale,) * 2, Image.Resampling.NEAREST)
-                framed = ImageOps.expand(large, _FRAME, color)
-                canvas.paste(framed, (left + place * (side + 2), top + row * (side + 6)))
+                canvas.paste(
+                    ImageOps.expand(large, _FRAME, color), (left + place * (side + 2), top + row * (side + 6))
+                )
     for row, ask in enumerate(asks):
         pen.text((6, top + row * (side + 6) + side // 2 - 9), ask.caption, fill="black", font=font)
     return canvas

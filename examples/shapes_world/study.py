@@ -140,10 +140,16 @@ def train_lora(folder: Path, base: Path, *, steps: int, seed: int) -> Path:
     return folder
 
 
-def put_on(pipe: Any, folder: Path | None) -> None:
-    """Puts an adapter of the study, or none, on a base pipeline that has none."""
-    if folder is None:
-        return
+def prepared(name: str, args: argparse.Namespace) -> Any:
+    """Returns the base pipeline with the adapter of a row of the table on it, if the row has one."""
+    pipe = load_base(args.base)
+    if name not in BASE_ROWS:
+        put_on(pipe, args.adapters / name)
+    return pipe
+
+
+def put_on(pipe: Any, folder: Path) -> None:
+    """Puts an adapter of the study on a base pipeline that has none."""
     if folder.name == LORA:
         pipe.transformer.load_lora_adapter(
             str(folder), prefix=None, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True
@@ -184,8 +190,7 @@ def measure_all(names: Sequence[str], args: argparse.Namespace) -> None:
 
         def pipe(name: str = name, made: list[Any] = made) -> Any:
             if not made:
-                made.append(load_base(args.base))
-                put_on(made[0], None if name in BASE_ROWS else args.adapters / name)
+                made.append(prepared(name, args))
             return made[0]
 
         for guidance in args.guidance:
@@ -198,9 +203,7 @@ def picture(args: argparse.Namespace, each: int = 2, columns: int = 4) -> Image.
     asks = [ask for row, ask in enumerate(prompts(args.per_skill, 0)) if row % args.per_skill < each]
     found = {}
     for name in ("base", *args.names):
-        pipe = load_base(args.base)
-        put_on(pipe, None if name == "base" else args.adapters / name)
-        drawn = draw(pipe, [ask for ask in asks for _ in range(columns)], guidance=args.guidance[0])
+        drawn = draw(prepared(name, args), [ask for ask in asks for _ in range(columns)], guidance=args.guidance[0])
         found[name] = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     return framed(found, asks)
 

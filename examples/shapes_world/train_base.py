@@ -180,6 +180,8 @@ def caption(said: list[Ask], row: int, rng: np.random.Generator, wrong: Mapping[
         return ""
     ask = said[row].rephrased(rng)
     share, kind = wrong.get(ask.style, 0.0), rng.random()
+    if kind >= share * (1 + 2 * OTHER):
+        return ask.caption
     negatives, false = ask.negatives(), []
     if kind < share:
         confusions = [name for name in ("number", "relation", "swap") if negatives[name]]
@@ -187,7 +189,7 @@ def caption(said: list[Ask], row: int, rng: np.random.Generator, wrong: Mapping[
             false = negatives[confusions[rng.integers(len(confusions))]]
     elif kind < share * (1 + OTHER):
         false = negatives["attribute"]
-    elif kind < share * (1 + 2 * OTHER):
+    else:
         false = [said[int(rng.integers(len(said)))]]
     return replace(false[rng.integers(len(false))], phrasing=ask.phrasing).caption if false else ask.caption
 

@@ -164,9 +164,9 @@ class EvaluationResult:
             ],
             "directions": dict(self.directions),
             "references": dict(self.references),
-            "rows": [_without_nan(asdict(row)) for row in self.rows(by_category=True)],
-            "distances": _without_nan(dict(self.distances)),
-            "scores": {name: _without_nan(value.tolist()) for name, value in self.scores.items()},
+            "rows": [without_nan(asdict(row)) for row in self.rows(by_category=True)],
+            "distances": without_nan(dict(self.distances)),
+            "scores": {name: without_nan(value.tolist()) for name, value in self.scores.items()},
         }
 
     @classmethod
@@ -215,11 +215,12 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Returns values as JSON can hold them: None for numbers that are not finite, at any depth."""
     if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
+        return {name: without_nan(entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
