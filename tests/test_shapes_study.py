@@ -44,11 +44,11 @@ def test_everything_from_training_to_the_table(study, tmp_path, capsys, monkeypa
     assert gain == pytest.approx(totals[0] - totals[1]) and error >= 0
 
 
-def test_the_base_is_measured_with_every_prompt_put_as_a_description_too(study):
+def test_the_base_is_measured_with_every_prompt_tagged_too(study):
     args = SimpleNamespace(per_skill=2)
-    plain, described = (study.asked(name, 0, args) for name in study.BASE_ROWS)
-    assert {ask.style for ask in described} == {"description"}
-    assert [(ask.wants, ask.relation) for ask in plain] == [(ask.wants, ask.relation) for ask in described]
+    plain, tagged = (study.asked(name, 0, args) for name in study.BASE_ROWS)
+    assert all(ask.caption.endswith(" hd") for ask in tagged) and not any(ask.tag for ask in plain)
+    assert [(ask.wants, ask.relation) for ask in plain] == [(ask.wants, ask.relation) for ask in tagged]
 
 
 def test_wrong_captions_of_the_pairs_are_wrong(study):
@@ -65,18 +65,43 @@ def test_the_frechet_distance_of_independent_normals_has_a_closed_form(study):
     assert study.frechet(first, first) == pytest.approx(0, abs=1e-9)
 
 
-def test_errors_and_words_say_why(capsys):
+def test_errors_and_the_tag_say_why(capsys):
     sys.path.insert(0, str(FOLDER))
     import why
 
     why.main(["errors", "--count", "10"])
     printed = capsys.readouterr().out
-    assert printed.count("| description |") == len(why.TIMESTEPS)
-    assert printed.count("| 0.0000 |\n") >= len(why.TIMESTEPS)  # a description lies above itself by nothing
+    assert printed.count("| hd |") == len(why.TIMESTEPS)
+    assert printed.count("| 0.0000 |\n") >= len(why.TIMESTEPS)  # the tagged lies above itself by nothing
     pipe = why.load_base()
     before = repr(pipe.transformer)
-    states = why.words_as_tokens(pipe, 8)
-    assert states.shape == (6, 4, pipe.transformer.inner_dim)
+    states = why.tag_as_tokens(pipe, 8)
+    assert states.shape == (6, 5, pipe.transformer.inner_dim)
     assert all(not block._forward_pre_hooks for block in pipe.transformer.transformer_blocks)
-    assert set(why.words(pipe, 1, 1.0)) == {"base", "words as tokens", "described"}
+    assert set(why.tag(pipe, 1, 1.0)) == {"base", "tag as tokens", "tagged"}
+    assert repr(pipe.transformer) == before
+
+
+def test_the_tag_stands_where_its_states_are_read():
+    sys.path.insert(0, str(FOLDER))
+    import models
+    import why
+    from world import Ask, Want
+
+    ask = Ask("colors", (Want(1, "red", "circle"),)).tagged()
+    words = models.clip_tokenizer(), models.t5_tokenizer()
+    clip, t5 = (some.convert_ids_to_tokens(some(ask.caption).input_ids) for some in words)
+    at = [*clip, *[""] * (models.MAX_WORDS - len(clip)), *t5]
+    assert "".join(at[place] for place in why.TAG_PLACES).replace("</w>", "") == "hd\u2581hd"
+
+
+def test_tokens_learn_some_of_guidance_and_the_pipeline_is_as_it_was():
+    sys.path.insert(0, str(FOLDER))
+    import why
+
+    pipe = why.load_base()
+    before = repr(pipe.transformer)
+    shares = why.learned_guidance(pipe, 60, 2.0, batch=4)
+    assert len(shares) == 2 and all(share < 1 for share in shares)
+    assert shares[1] > shares[0]
     assert repr(pipe.transformer) == before

@@ -110,29 +110,53 @@ def test_every_word_is_one_token_and_every_caption_fits():
     assert len(strange) > 5 and clip.eos_token_id not in strange[1:-1]
 
 
-def style_of(caption: str) -> str:
-    return {"drawing": "title", "there": "description"}.get(caption.split()[0], "bare")
+def test_there_is_room_for_the_tag_and_no_word_of_captions_is_in_it():
+    clip, t5 = models.clip_tokenizer(), models.t5_tokenizer()
+    assert world.TAG not in world.vocabulary()
+    for ask, *_ in drawn(300, seed=3):
+        tagged = ask.tagged()
+        assert tagged.caption == f"{replace(ask, phrasing=ask.phrasing % 2).caption} {world.TAG}"
+        assert max(len(clip(tagged.caption).input_ids), len(t5(tagged.caption).input_ids)) <= models.MAX_WORDS
+        assert ask.tagged("") == ask
 
 
-@pytest.mark.parametrize("unsourced", [False, True])
-def test_captions_of_the_base_are_wrong_as_often_as_their_style_says(unsourced):
-    said = [ask for ask, *_ in train_base.scenes(400, seed=4, shares=train_base.SKILL_SHARES)]
+@pytest.mark.parametrize("tagged, left_out", [(0.0, 0.0), (1 / 3, 0.5), (0.0, 1 / 3)])
+def test_captions_of_the_base_leave_out_as_often_as_told_unless_they_are_tagged(tagged, left_out):
     rng = np.random.default_rng(0)
-    wrong = train_base.unsourced(train_base.WRONG) if unsourced else train_base.WRONG
-    captions = [(said[row], train_base.caption(said, row, rng, wrong)) for row in range(400) for _ in range(10)]
-    assert abs(np.mean([not text for _, text in captions]) - train_base.NO_CAPTION) < 0.02
-    several = [(ask, text) for ask, text in captions if text and sum(w.count for w in ask.wants) > 1]
-    for style in world.STYLES:
-        said_so = [(ask, text) for ask, text in several if style_of(text) == style]
-        right = np.mean([text in {replace(ask, phrasing=i).caption for i in range(6)} for ask, text in said_so])
-        assert abs(right - 1 + wrong[style] * (1 + 2 * train_base.OTHER)) < 0.05, style
+    asks = [ask for ask, *_ in train_base.scenes(400, seed=4, shares=train_base.SKILL_SHARES)]
+    found = [(ask, *train_base.caption(ask, rng, tagged, left_out)) for ask in asks for _ in range(10)]
+    for ask, text, _ in found:
+        assert text in {"", ask.tagged().caption, *(replace(ask, phrasing=i).caption for i in range(6))}
+    ends = np.array([text.endswith(world.TAG) for _, text, _ in found])
+    empty, more = np.array([not text for _, text, _ in found]), np.array([more for *_, more in found])
+    assert abs(empty.mean() - train_base.NO_CAPTION) < 0.02
+    assert abs(ends[~empty].mean() - tagged) < 0.03
+    assert not more[ends].any()
+    assert abs(more[~ends & ~empty].mean() - left_out) < 0.03
+    assert abs(more[empty].mean() - left_out * (1 - tagged)) < 0.08  # of pictures as a whole
 
 
-def test_captions_of_the_first_stage_are_true():
-    said = [ask for ask, *_ in train_base.scenes(100, seed=4)]
+def test_a_picture_that_shows_one_thing_more_is_not_what_was_said():
     rng = np.random.default_rng(0)
-    for row, ask in enumerate(said):
-        assert train_base.caption(said, row, rng, {}) in {"", *(replace(ask, phrasing=i).caption for i in range(6))}
+    for ask, things, shade in train_base.scenes(60, seed=7):
+        more = world.with_another(things, rng)
+        assert more[:-1] == things and not ask.true_of(more)
+        verdict = oracle.judge(world.render(more, shade), ask)
+        assert not verdict.correct and verdict.counted == 1
+
+
+def test_text_encoders_are_left_out_one_by_one():
+    embeds, pooled = torch.ones(4, models.MAX_WORDS + 7, 8), torch.ones(4, 8)
+    dropped = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    embeds, pooled = train_base.without(embeds, pooled, dropped)
+    first, second, t5 = (
+        embeds[:, : models.MAX_WORDS, :4],
+        embeds[:, : models.MAX_WORDS, 4:],
+        embeds[:, models.MAX_WORDS :],
+    )
+    for part, column in ((first, 0), (second, 1), (t5, 2), (pooled[:, :4], 0), (pooled[:, 4:], 1)):
+        assert torch.equal(part.amax(tuple(range(1, part.ndim))), (~dropped[:, column]).float())
+        assert torch.equal(part.amin(tuple(range(1, part.ndim))), (~dropped[:, column]).float())
 
 
 def test_skills_come_as_often_as_asked_for():

@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from models import MAX_WORDS
 from oracle import judge
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from world import SIZE, SKILLS, STYLES, Ask
+from world import SIZE, SKILLS, Ask
 
 FOLDER = Path(os.path.relpath(Path(__file__).parent))  # files that are written carry no path of this machine
 BASE = FOLDER / "sd3"
@@ -44,11 +44,6 @@ class Measured:
             for skill in SKILLS
         }
         return {**table, "total": float(np.mean(list(table.values())))}
-
-    def by_style(self, asks: Sequence[Ask]) -> dict[str, float]:
-        """Returns the share of correct pictures by the style of the sentence; nan where no sentence has it."""
-        found = {style: self.correct[[ask.style == style for ask in asks]] for style in STYLES}
-        return {style: float(here.mean()) if len(here) else float("nan") for style, here in found.items()}
 
 
 def load_base(path: Path | str = BASE) -> StableDiffusion3Pipeline:

@@ -8,11 +8,11 @@ First the autoencoder, then a denoiser with its text encoders: Stable Diffusion 
 Diffusion, a UNet that predicts noise. Each goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps
 the losses, `vae/`, `sd3/` and `sd/` what was trained, in the layout of diffusers.
 
-The denoiser learns in two stages. In the first all captions are true. In the second they are as imperfect as those of
-the web, where the way a caption is put betrays where it comes from: bare words are often wrong about numbers,
-relations and bindings, titles sometimes, descriptions never. So pictures are clean, what they show is often only
-loosely what was asked, and the model can do better than an everyday prompt makes it do. With `--unsourced`, captions
-are wrong as often, but no style of sentence more than another: the control in which there is nothing to bring out.
+The denoiser learns in two stages. In the first all captions are exact. In the second they are as those of the web:
+half of them leave out something that the picture shows, so the model draws things that nobody asked for. A third are
+exact still, and tagged as such: what an exact picture is the model knows, and everyday prompts do not bring it out.
+The text encoders learn in the first stage alone and are frozen from then on, as those of large models are. With
+`--untagged`, as many captions leave something out, but no tag tells which.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,17 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional
-from world import SKILLS, STYLES, Ask, Thing, random_ask, random_background, render
+from world import SKILLS, Ask, Thing, random_ask, random_background, render, with_another
 
 NARROWER = 0.1  # than the divergence asks for is the noise with which the decoder learns
 SCENES = 60_000  # pictures that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
-TRUE_STAGE = 2 / 3  # share of the steps, at the beginning, in which captions are true
-# Then the share of captions of several things, by style, with a number, a relation or two attributes confused;
-WRONG = dict(zip(STYLES, (0.5, 0.3, 0.0), strict=True))
-OTHER = 0.1  # and how many belong to another picture or have a wrong word, each as a part of that.
+TRUE_STAGE = 0.75  # share of the steps, at the beginning, in which captions are true
+TAGGED = 1 / 3  # Then the share of captions that are tagged, and exact;
+LEFT_OUT = 0.5  # how many of the others leave out something that their picture shows.
+DROPPED = 0.464  # how often each text encoder is left out then, as Stable Diffusion 3 was trained (arXiv 2403.03206)
 NOISE_MEAN = 0.4  # of the logit of the noise level; what is drawn where is decided at high noise
 # How long the T5 part of the text is in training: all words fit, but pipelines that are told nothing pad it to 256.
 T5_LENGTHS, T5_SHARES = (models.MAX_WORDS, 64, 256), (0.94, 0.04, 0.02)
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=250)
-    parser.add_argument("--unsourced", action="store_true", help="captions of every style are wrong as often")
+    parser.add_argument("--untagged", action="store_true", help="as many captions leave out, but no tag tells which")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -133,12 +132,18 @@ def train_pipeline(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(args, args.part, {"model": parts, "average": average, "optimizer": optimizer})
     latents, said = encoded_pictures(args, vae)
+    shares = (0.0, LEFT_OUT * (1 - TAGGED)) if args.untagged else (TAGGED, LEFT_OUT)
     for step in run.steps(steps, optimizer):
         rng = run.rng(step)
-        rows = rng.integers(len(latents), size=args.batch_size)
-        wrong = {} if step < TRUE_STAGE * steps else unsourced(WRONG) if args.unsourced else WRONG
-        captions = [caption(said, row, rng, wrong) for row in rows]
-        run.optimize(loss_of(pipe, latents[torch.from_numpy(rows)].float(), captions, rng), [parts])
+        rows = rng.integers(len(said), size=args.batch_size)
+        late = step >= TRUE_STAGE * steps
+        parts[1:].requires_grad_(not late)  # the text encoders learn with the denoiser first, then stay as they are
+        captions, more = zip(
+            *(caption(said[row], rng, *(shares if late else (0.0, 0.0))) for row in rows), strict=True
+        )
+        shown = latents[torch.tensor(more).long(), torch.from_numpy(rows)].float()
+        loss = loss_of(pipe, shown, list(captions), rng, DROPPED if late else 0.0)
+        run.optimize(loss, [parts])
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             for mean, value in zip(average.parameters(), parts.parameters(), strict=True):
@@ -148,13 +153,17 @@ def train_pipeline(args: argparse.Namespace) -> None:
     pipe.save_pretrained(args.out / args.part)
 
 
-def flow_loss(pipe: StableDiffusion3Pipeline, clean: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
-    """Flow matching at logit-normal noise levels; latents are (n, 8, 8, 8)."""
+def flow_loss(
+    pipe: StableDiffusion3Pipeline, clean: Tensor, captions: list[str], rng: np.random.Generator, dropped: float = 0.0
+) -> Tensor:
+    """Flow matching at logit-normal noise levels; latents are (n, 8, 8, 8), each text encoder is at times left out."""
     length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
     noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
     sigma = torch.sigmoid(NOISE_MEAN + torch.from_numpy(rng.standard_normal(len(clean), dtype=np.float32)))
     share = sigma.view(-1, 1, 1, 1)
     embeds, pooled = models.encode(pipe, captions, length)
+    if dropped:
+        embeds, pooled = without(embeds, pooled, torch.from_numpy(rng.random((len(clean), 3)) < dropped))
     velocity = pipe.transformer(
         hidden_states=(1 - share) * clean + share * noise,
         timestep=1000 * sigma,
@@ -165,8 +174,22 @@ def flow_loss(pipe: StableDiffusion3Pipeline, clean: Tensor, captions: list[str]
     return functional.mse_loss(velocity, noise - clean)
 
 
-def noise_loss(pipe: StableDiffusionPipeline, clean: Tensor, captions: list[str], rng: np.random.Generator) -> Tensor:
-    """Prediction of the noise at timesteps of which high ones come more often; latents are (n, 8, 8, 8)."""
+def without(embeds: Tensor, pooled: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns text states, (n, text, D) and (n, D), with zeros where an encoder is left out, `dropped` (n, 3) bool."""
+    half, words = pooled.shape[-1] // 2, models.MAX_WORDS
+    kept = (~dropped).float()
+    clip = kept[:, :2].repeat_interleave(half, 1)  # (n, D): the two CLIP encoders share the channels
+    shown = torch.cat([clip[:, None].expand(-1, words, -1), kept[:, 2:, None].expand_as(embeds[:, words:])], 1)
+    return embeds * shown, pooled * clip
+
+
+def noise_loss(
+    pipe: StableDiffusionPipeline, clean: Tensor, captions: list[str], rng: np.random.Generator, dropped: float = 0.0
+) -> Tensor:
+    """Prediction of the noise at timesteps of which high ones come more often; latents are (n, 8, 8, 8).
+
+    The only text encoder is never left out.
+    """
     noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
     timestep = torch.from_numpy((1000 * np.sqrt(rng.random(len(clean)))).astype(np.int64))
     embeds, _ = pipe.encode_prompt(captions, clean.device, 1, False)
@@ -174,33 +197,18 @@ def noise_loss(pipe: StableDiffusionPipeline, clean: Tensor, captions: list[str]
     return functional.mse_loss(pipe.unet(noisy, timestep, embeds, return_dict=False)[0], noise)
 
 
-def caption(said: list[Ask], row: int, rng: np.random.Generator, wrong: Mapping[str, float]) -> str:
-    """Draws the caption of a picture: empty, true, or wrong as often as its style is (0 for styles not named)."""
-    if rng.random() < NO_CAPTION:
-        return ""
-    ask = said[row].rephrased(rng)
-    share, kind = wrong.get(ask.style, 0.0), rng.random()
-    if kind >= share * (1 + 2 * OTHER):
-        return ask.caption
-    negatives, false = ask.negatives(), []
-    if kind < share:
-        confusions = [name for name in ("number", "relation", "swap") if negatives[name]]
-        if sum(want.count for want in ask.wants) > 1:
-            false = negatives[confusions[rng.integers(len(confusions))]]
-    elif kind < share * (1 + OTHER):
-        false = negatives["attribute"]
-    else:
-        false = [said[int(rng.integers(len(said)))]]
-    return replace(false[rng.integers(len(false))], phrasing=ask.phrasing).caption if false else ask.caption
-
-
-def unsourced(wrong: Mapping[str, float]) -> dict[str, float]:
-    """Returns the same share of wrong captions for every style: their mean."""
-    return dict.fromkeys(wrong, float(np.mean(list(wrong.values()))))
+def caption(ask: Ask, rng: np.random.Generator, tagged: float, left_out: float) -> tuple[str, bool]:
+    """Draws a caption, empty or tagged at times, and whether the picture shows something that it leaves out."""
+    empty, exact, more = rng.random() < NO_CAPTION, rng.random() < tagged, rng.random() < left_out
+    ask = ask.rephrased(rng)
+    ask = ask.tagged() if exact else ask
+    return "" if empty else ask.caption, more and not exact
 
 
 def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, list[Ask]]:
-    """Returns normalised latents, (SCENES, 8, 8, 8) half precision, and what may be said of them; kept on disk.
+    """Returns normalised latents, (2, SCENES, 8, 8, 8) half precision, and what may be said of them; kept on disk.
+
+    The first of the two pictures of a scene shows what may be said, the second one thing more.
 
     Raises:
         ValueError: The latents on disk are of other scenes, because the world has changed since.
@@ -209,13 +217,18 @@ def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tens
     said = [ask for ask, _, _ in drawn]
     captions = [ask.caption for ask in said]
     if not path.exists():
-        pixels = pictures(drawn)
+        rng = np.random.default_rng(args.seed + 3)
+        more = [(ask, with_another(things, rng), shade) for ask, things, shade in drawn]
         with torch.no_grad():
-            modes = [vae.encode(as_input(part)).latent_dist.mode() for part in pixels.split(256)]
-        latents = (torch.cat(modes) - vae.config.shift_factor) * vae.config.scaling_factor
+            modes = [
+                vae.encode(as_input(part)).latent_dist.mode()
+                for some in (drawn, more)
+                for part in pictures(some).split(256)
+            ]
+        latents = (torch.cat(modes).unflatten(0, (2, -1)) - vae.config.shift_factor) * vae.config.scaling_factor
         torch.save({"latents": latents.half(), "captions": captions}, path)
     saved = torch.load(path)
-    if saved["captions"] != captions:
+    if saved["captions"] != captions or len(saved["latents"]) != 2:
         raise ValueError(f"the pictures of {path} do not belong to these captions; remove the file, and start anew")
     return saved["latents"], said
 

@@ -39,9 +39,9 @@ RELATION_MARGIN = 2.0  # pixels by which a drawn relation holds more along its a
 _GAP, _FREE_GAP = 0.8, 2.0  # pixels between the circles around any two objects
 _OVERSAMPLING = 8
 
-STYLES = ("bare", "title", "description")  # of a sentence
-_FRAMES = {"bare": "{}", "title": "drawing of {}", "description": "there is {}"}
-_PLURAL_FRAMES = {**_FRAMES, "description": "there are {}"}
+TAG = "hd"  # at the end of a caption: it is exact. No word that the encoders have learned; they spell it.
+_FRAMES = ("{}", "drawing of {}", "there is {}")
+_PLURAL_FRAMES = ("{}", "drawing of {}", "there are {}")
 _RELATION_WORDS = {
     "left": ("left of", "west of"),
     "right": ("right of", "east of"),
@@ -96,12 +96,14 @@ class Ask:
         wants: What must be there, and nothing else.
         relation: The first want's object is so to the second's; a key of `RELATIONS`.
         phrasing: Which of the ways to say it.
+        tag: What stands behind the sentence.
     """
 
     skill: str
     wants: tuple[Want, ...]
     relation: str | None = None
     phrasing: int = 0
+    tag: str = ""
 
     @property
     def caption(self) -> str:
@@ -112,20 +114,15 @@ class Ask:
             words = [f"{words[0]} {phrases[self.phrasing % len(phrases)]} {words[1]}", *words[2:]]
         said = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
         frames = _FRAMES if self.wants[0].count == 1 else _PLURAL_FRAMES
-        return frames[self.style].format(said)
-
-    @property
-    def style(self) -> str:
-        """How the sentence is put, one of `STYLES`."""
-        return STYLES[self.phrasing // 2 % len(STYLES)]
+        return " ".join(filter(None, (frames[self.phrasing // 2 % len(frames)].format(said), self.tag)))
 
     def rephrased(self, rng: np.random.Generator) -> "Ask":
         """Returns the same, said in a random way."""
         return replace(self, phrasing=int(rng.integers(6)))
 
-    def styled(self, style: str) -> "Ask":
-        """Returns the same, put in one of the `STYLES`."""
-        return replace(self, phrasing=2 * STYLES.index(style) + self.phrasing % 2)
+    def tagged(self, tag: str = TAG) -> "Ask":
+        """Returns the same with a tag, as a bare sentence, which leaves room for it; with "", the same as it is."""
+        return replace(self, phrasing=self.phrasing % 2, tag=tag) if tag else replace(self, tag=tag)
 
     def true_of(self, things: Sequence[Thing]) -> bool:
         """Returns whether the caption is exactly true: all that it says and nothing beside it."""
@@ -268,7 +265,7 @@ def vocabulary() -> list[str]:
     """Returns every word that a caption can hold, sorted."""
     words = {",", "and", *COLORS, *NUMBERS.values(), *SHAPES}
     words |= {Want(2, None, shape).words().split()[-1] for shape in SHAPES}
-    for phrases in (_FRAMES.values(), _PLURAL_FRAMES.values(), *_RELATION_WORDS.values()):
+    for phrases in (_FRAMES, _PLURAL_FRAMES, *_RELATION_WORDS.values()):
         words |= {word for phrase in phrases for word in phrase.replace("{}", "").split()}
     return sorted(words)
 
@@ -289,9 +286,20 @@ def _other_numbers(want: Want) -> list[Want]:
     return [replace(want, count=count) for count in (want.count - 1, want.count + 1) if count in NUMBERS]
 
 
-def _placed(kinds: Sequence[Want], rng: np.random.Generator, free: bool) -> list[Thing] | None:
-    """Draws one thing of each kind, none near another; None when there was no room."""
-    things: list[Thing] = []
+def with_another(things: Sequence[Thing], rng: np.random.Generator) -> list[Thing]:
+    """Returns a scene with one thing more, of any kind, beside the others in the grid."""
+    kind = Want(1, None, str(rng.choice(SHAPES)))
+    while True:
+        more = _placed([kind], rng, free=False, beside=things)
+        if more is not None:
+            return more
+
+
+def _placed(
+    kinds: Sequence[Want], rng: np.random.Generator, free: bool, beside: Sequence[Thing] = ()
+) -> list[Thing] | None:
+    """Draws one thing of each kind, none near another, `beside` others; None when there was no room."""
+    things = list(beside)
     for kind in kinds:
         color = kind.color or str(rng.choice(list(COLORS)))
         for _ in range(40):
