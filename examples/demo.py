@@ -24,11 +24,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from drawing import BASE, Measured, draw, framed, load_base, measure
-from study import ADAPTERS, pairs, trainer_arguments
+from study import ADAPTERS, VARIANTS, pairs, trainer_arguments
 from world import SKILLS, prompts
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
 from diffusers_softrepa import ContrastiveFlowMatchingTrainer
+
+
+BEST = "softrepa-hard"  # of the adapters of the study
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
     """Trains a small adapter: contrast with true captions of other pictures and written wrong ones."""
     pipe.unload_softrepa()
+    settings = {key: value for key, value in VARIANTS[BEST].items() if key not in ("hard", "config")}
     arguments = trainer_arguments(
         folder,
         steps,
-        objective="soft_rank",
+        **settings,
         negative_caption_column="negatives",
         train_batch_size=6,
         logging_steps=max(1, steps // 20),
@@ -117,7 +121,7 @@ def _table(found: dict[str, Measured], asks: Sequence[Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=BASE)
-    parser.add_argument("--adapter", type=Path, default=ADAPTERS / "softrepa", help="folder of an adapter")
+    parser.add_argument("--adapter", type=Path, default=ADAPTERS / BEST, help="folder of an adapter")
     parser.add_argument("--output", default="outputs/demo")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--per-skill", type=int, default=20, help="prompts of every skill (default: 20)")

@@ -33,7 +33,7 @@ from diffusers_softrepa import SoftREPAConfig
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "examples" / "space"
-PIPELINE, ADAPTER = "shapes_world/sd3", "shapes_world/adapters/softrepa"
+PIPELINE, ADAPTER = "shapes_world/sd3", "shapes_world/adapters/softrepa-hard"
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}  # that the Hub knows
 PATIENCE = 180  # seconds that a machine busy with something else may take for two pictures
 

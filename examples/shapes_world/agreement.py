@@ -37,7 +37,7 @@ from diffusers_softrepa.evaluation import CLIPScore, EvaluationResult, evaluate,
 from diffusers_softrepa.evaluation.result import Row, without_nan
 
 CLIP = FOLDER / "clip"
-ADAPTERS = (FOLDER / "adapters" / "softrepa", FOLDER / "adapters" / "soft-rank")
+ADAPTERS = (FOLDER / "adapters" / "softrepa-hard", FOLDER / "adapters" / "soft-rank")
 PARTS = ("clean", "pictures", "edits")
 # Of false captions: a caption of another picture; another colour or shape; another number; attributes or numbers of
 # two things exchanged; another relation; and things exchanged so that nothing but their relation is false.

@@ -23,7 +23,7 @@ import gradio as gr
 from studio import MOST_GUIDANCE, MOST_STEPS, PLACES, CannotDraw, Order, Studio, difference, enlarged
 
 PIPELINE = "shapes_world/sd3"
-ADAPTER = "shapes_world/adapters/softrepa"
+ADAPTER = "shapes_world/adapters/softrepa-hard"
 PROMPTS = (
     "a red circle and a blue square",
     "three green triangles",
