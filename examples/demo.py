@@ -30,7 +30,6 @@ from world import SKILLS, prompts
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
 from diffusers_softrepa import ContrastiveFlowMatchingTrainer
 
-
 BEST = "softrepa-hard"  # of the adapters of the study
 
 
