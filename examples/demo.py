@@ -11,6 +11,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
     """Trains a small adapter: contrast with true captions of other pictures and written wrong ones."""
     pipe.unload_softrepa()
+    shutil.rmtree(folder, ignore_errors=True)  # of a demo before this one
     settings = {key: value for key, value in VARIANTS[BEST].items() if key not in ("hard", "config")}
     arguments = trainer_arguments(
         folder,
@@ -83,7 +85,7 @@ def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
         negative_caption_column="negatives",
         train_batch_size=6,
         logging_steps=max(1, steps // 20),
-        validation_steps=max(1, steps // 4),
+        validation_steps=max(1, steps // 6),
         seed=seed,
     )
     trainer = ContrastiveFlowMatchingTrainer(
@@ -93,14 +95,15 @@ def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
 
 
 def plot_curves(log: Path, path: Path) -> None:
-    """Draws loss and share of captions told apart, of training and of held-out pictures."""
+    """Draws the loss, and how much captions tell of pictures, of training and of held-out ones."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for axis, key, label in zip(axes, ("loss", "top1"), ("loss", "own caption fits best (top-1)"), strict=True):
+    labels = ("loss", "bound of mutual information, nats")
+    for axis, key, label in zip(axes, ("loss", "information"), labels, strict=True):
         for prefix, name in (("", "training"), ("held_out/", "held out")):
             points = [(entry["step"], entry[prefix + key]) for entry in entries if prefix + key in entry]
             if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=name)
+                axis.plot(*zip(*points, strict=True), marker=".", label=name, alpha=1 if prefix else 0.5)
         axis.set(xlabel="step", ylabel=label)
         axis.legend()
     figure.savefig(path, dpi=120)
@@ -121,10 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=BASE)
     parser.add_argument("--adapter", type=Path, default=ADAPTERS / BEST, help="folder of an adapter")
-    parser.add_argument("--output", default="outputs/demo")
+    parser.add_argument("--output", default="outputs/demo", help="folder; what an earlier demo left there is replaced")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--per-skill", type=int, default=20, help="prompts of every skill (default: 20)")
-    parser.add_argument("--steps", type=int, default=80, help="training steps (default: 80)")
+    parser.add_argument("--steps", type=int, default=120, help="training steps (default: 120)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

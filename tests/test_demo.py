@@ -32,6 +32,8 @@ def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys):
     log = [json.loads(line) for line in (tmp_path / "trained" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4
     assert (tmp_path / "trained" / "adapter_model.safetensors").exists()
+    demo.main(["--per-skill", "1", "--steps", "2", "--output", str(tmp_path)])  # again, into the same folder
+    assert json.loads((tmp_path / "trained" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
 def test_the_base_draws_clean_pictures_of_one_thing(demo):
