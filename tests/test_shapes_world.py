@@ -1,5 +1,6 @@
 """The shapes world: captions, pictures, the oracle that reads them, and the small models' words."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes_world"))
@@ -158,6 +159,31 @@ def test_text_encoders_are_left_out_one_by_one():
     for part, column in ((first, 0), (second, 1), (t5, 2), (pooled[:, :4], 0), (pooled[:, 4:], 1)):
         assert torch.equal(part.amax(tuple(range(1, part.ndim))), (~dropped[:, column]).float())
         assert torch.equal(part.amin(tuple(range(1, part.ndim))), (~dropped[:, column]).float())
+
+
+@pytest.mark.parametrize("part, loss", [("sd3", "flow_loss"), ("sd", "noise_loss")])
+def test_a_base_is_trained_from_beginning_to_end(tmp_path, monkeypatch, part, loss):
+    shutil.copytree(FOLDER / "sd3" / "vae", tmp_path / "vae")
+    monkeypatch.setattr(train_base, "SCENES", 40)
+    seen = []
+    measured = getattr(train_base, loss)
+
+    def watched(pipe, clean, captions, rng, dropped):
+        seen.append((clean, pipe.text_encoder.get_input_embeddings().weight.requires_grad, dropped))
+        return measured(pipe, clean, captions, rng, dropped)
+
+    monkeypatch.setattr(train_base, loss, watched)
+    monkeypatch.setattr(
+        sys, "argv", ["train_base.py", part, "--out", str(tmp_path), "--steps", "4", "--batch-size", "8"]
+    )
+    train_base.main()
+    assert [(learns, dropped) for _, learns, dropped in seen] == [(True, 0.0)] * 3 + [(False, train_base.DROPPED)]
+    latents = torch.load(tmp_path / "latents.pt")["latents"].float()
+    assert latents.shape == (2, 40, 8, 8, 8)
+    early = {int((latents[0] == one).flatten(1).all(1).nonzero()[0]) for clean, *_ in seen[:3] for one in clean}
+    assert len(early) > 10  # scenes of all kinds, and each as it was said
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / part)
+    assert pipe.components["vae"].config.scaling_factor == pytest.approx(0.667, abs=0.01)
 
 
 def test_skills_come_as_often_as_asked_for():

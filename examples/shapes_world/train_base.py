@@ -9,10 +9,9 @@ Diffusion, a UNet that predicts noise. Each goes on from its last checkpoint whe
 the losses, `vae/`, `sd3/` and `sd/` what was trained, in the layout of diffusers.
 
 The denoiser learns in two stages. In the first all captions are exact. In the second they are as those of the web:
-half of them leave out something that the picture shows, so the model draws things that nobody asked for. A third are
-exact still, and tagged as such: what an exact picture is the model knows, and everyday prompts do not bring it out.
-The text encoders learn in the first stage alone and are frozen from then on, as those of large models are. With
-`--untagged`, as many captions leave something out, but no tag tells which.
+a third are exact still, and tagged as such; half of the others leave out something that the picture shows, so the
+model draws things that nobody asked for. The text encoders learn in the first stage alone and are frozen from then on,
+as those of large models are. With `--untagged`, as many captions leave something out, but no tag tells which.
 """
 
 import argparse
