@@ -11,7 +11,6 @@
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -25,11 +24,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from drawing import BASE, Measured, draw, framed, load_base, measure
-from study import ADAPTERS, VARIANTS, pairs, trainer_arguments
+from study import ADAPTERS, pairs, train_tokens
 from world import SKILLS, prompts
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
-from diffusers_softrepa import ContrastiveFlowMatchingTrainer
 
 BEST = "softrepa-hard"  # of the adapters of the study
 
@@ -76,22 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
     """Trains a small adapter: contrast with true captions of other pictures and written wrong ones."""
     pipe.unload_softrepa()
-    shutil.rmtree(folder, ignore_errors=True)  # of a demo before this one
-    settings = {key: value for key, value in VARIANTS[BEST].items() if key not in ("hard", "config")}
-    arguments = trainer_arguments(
+    train_tokens(
+        pipe,
+        BEST,
         folder,
         steps,
-        **settings,
-        negative_caption_column="negatives",
+        pairs(600, seed + 1, hard=2),
+        pairs(48, seed + 2, hard=2),
         train_batch_size=6,
         logging_steps=max(1, steps // 20),
         validation_steps=max(1, steps // 6),
         seed=seed,
     )
-    trainer = ContrastiveFlowMatchingTrainer(
-        pipe, arguments, pairs(600, seed + 1, hard=2), pairs(48, seed + 2, hard=2)
-    )
-    trainer.train()
 
 
 def plot_curves(log: Path, path: Path) -> None:
@@ -124,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=BASE)
     parser.add_argument("--adapter", type=Path, default=ADAPTERS / BEST, help="folder of an adapter")
-    parser.add_argument("--output", default="outputs/demo", help="folder; what an earlier demo left there is replaced")
+    parser.add_argument("--output", default="outputs/demo", help="folder; replaces what a demo left there")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--per-skill", type=int, default=20, help="prompts of every skill (default: 20)")
     parser.add_argument("--steps", type=int, default=120, help="training steps (default: 120)")

@@ -94,23 +94,31 @@ def train(name: str, out: Path, base: Path, *, steps: int = STEPS, seed: int = 0
     folder = out / name
     if name == LORA:
         return train_lora(folder, base, steps=steps, seed=seed)
-    settings = {**VARIANTS[name], **changes}
-    hard = settings.pop("hard", 0)
-    config = settings.pop("config", {})
-    negatives = {"negative_caption_column": "negatives"} if hard else {}
-    arguments = trainer_arguments(folder, steps, seed=seed, validation_steps=steps, **negatives, **settings)
-    pipe = load_base(base)
-    trainer = ContrastiveFlowMatchingTrainer(
-        pipe,
-        arguments,
-        pairs(PICTURES, seed + 10, hard),
-        pairs(64, 9),
-        adapter_config=SoftREPAConfig.for_denoiser(pipe.transformer, **config),
+    hard = {**VARIANTS[name], **changes}.get("hard", 0)
+    train_tokens(
+        load_base(base), name, folder, steps, pairs(PICTURES, seed + 10, hard), pairs(64, 9), seed=seed, **changes
     )
-    trainer.train()
+    return folder
+
+
+def train_tokens(
+    pipe: Any,
+    name: str,
+    folder: Path,
+    steps: int,
+    rows: Sequence[dict[str, Any]],
+    held_out: Sequence[dict[str, Any]],
+    **changes: Any,
+) -> None:
+    """Trains the tokens of one of the `VARIANTS` on rows as `pairs` makes them; leaves no checkpoints behind."""
+    settings = {"validation_steps": steps, **VARIANTS[name], **changes}
+    hard, config = settings.pop("hard", 0), settings.pop("config", {})
+    negatives = {"negative_caption_column": "negatives"} if hard else {}
+    arguments = trainer_arguments(folder, steps, **negatives, **settings)
+    tokens = SoftREPAConfig.for_denoiser(pipe.transformer, **config)
+    ContrastiveFlowMatchingTrainer(pipe, arguments, rows, held_out, adapter_config=tokens).train()
     for left in (*folder.glob("checkpoint-*"), folder / "best"):
         shutil.rmtree(left, ignore_errors=True)
-    return folder
 
 
 def train_lora(folder: Path, base: Path, *, steps: int, seed: int) -> Path:
