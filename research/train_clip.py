@@ -1,6 +1,6 @@
 """Trains the CLIP of the shapes world from scratch: clean pictures and their true captions, in the usual way.
 
-    python examples/shapes_world/train_clip.py --out outputs/clip
+    python research/train_clip.py --out outputs/clip
 
 Every caption of a batch is a negative of every other picture, and no caption is written to be wrong: that is how CLIP
 models learn, and why they see less in a caption than is there. The batch is small because the world is: as in a large
@@ -16,13 +16,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import models
 import numpy as np
 import torch
 from torch import Tensor
-from train_base import Run, as_input, pictures, scenes
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
-from world import SIZE, Ask
+
+from shapes_world import models
+from shapes_world.train_base import Run, as_input, pictures, scenes
+from shapes_world.world import SIZE, Ask
 
 SCENES = 30_000  # pictures to learn from
 HELD_OUT = 1024  # and to measure on

@@ -1,7 +1,7 @@
 """What a CLIP score sees: it and the oracle judge the same pictures of the shapes world.
 
-    python examples/shapes_world/agreement.py clean --out outputs/agreement      # clean pictures; draws nothing
-    python examples/shapes_world/agreement.py --out outputs/agreement            # and prompts and edits, with adapters
+    python research/agreement.py clean --out outputs/agreement      # clean pictures; draws nothing
+    python research/agreement.py --out outputs/agreement            # and prompts and edits, with adapters
 
     clean     for clean pictures, how often the true caption scores higher than one that is false in one thing, by what
               is false (0.5: blind); `another picture` is a caption of one, what CLIP models learn to tell apart
@@ -21,23 +21,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import edits as edited
 import numpy as np
 import torch
-from agreement_tables import CLEAR, UNEDITED, Found, as_markdown, plot
-from drawing import BASE, FOLDER, STEPS, load_base
-from models import MAX_WORDS
-from oracle_metric import OracleMetric, as_prompts
-from roc import auc, auc_within
 from torch import Tensor
 from torch.nn.functional import normalize
-from world import SKILLS, Ask, Thing, prompts, random_ask, random_background, render
 
+from agreement_tables import CLEAR, UNEDITED, Found, as_markdown, plot
 from diffusers_softrepa.evaluation import CLIPScore, EvaluationResult, evaluate, score
 from diffusers_softrepa.evaluation.result import Row, without_nan
+from roc import auc, auc_within
+from shapes_world import edits as edited
+from shapes_world.drawing import BASE, FOLDER, STEPS, load_base
+from shapes_world.models import MAX_WORDS
+from shapes_world.oracle_metric import OracleMetric, as_prompts
+from shapes_world.world import SKILLS, Ask, Thing, prompts, random_ask, random_background, render
 
-CLIP = FOLDER / "clip"
-ADAPTERS = (FOLDER / "adapters" / "softrepa-hard", FOLDER / "adapters" / "soft-rank")
+CLIP = Path(__file__).parent / "clip"
+ADAPTERS = (FOLDER / "adapter",)
 PARTS = ("clean", "pictures", "edits")
 # Of false captions: a caption of another picture; another colour or shape; another number; attributes or numbers of
 # two things exchanged; another relation; and things exchanged so that nothing but their relation is false.
