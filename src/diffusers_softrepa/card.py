@@ -6,15 +6,14 @@ changed inside them: what people write around them stays, and a card without the
 
 import re
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .config import SoftREPAConfig
+from .hub_ids import hub_id as hub_id
 
 _UNKNOWN_BASE = "the/base-model"
 _METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -173,14 +172,3 @@ def _is_beside(name: str) -> bool:
 
 # What makes an entry of a list another version of the same thing.
 _IDENTITIES: dict[str, Callable[[Any], Any]] = {"eval_results": _measured, "widget": _pictured}
-
-
-def hub_id(name: str | None) -> str | None:
-    """Returns `name` if it is a repository's and no path; the Hub refuses cards whose base model is neither."""
-    if name is None or name.count("/") != 1 or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
