@@ -289,8 +289,8 @@ def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
         if not is_missing(error) and error.__cause__ is not None:  # it may be there, but could not be had
             raise
         raise ValueError(
-            f"{one_line(path)} carries no SoftREPA config in its metadata and has no {CONFIG_NAME} beside it; if it is a "
-            "SoftREPA adapter, pass config=SoftREPAConfig.for_denoiser(...)"
+            f"{one_line(path)} carries no SoftREPA config in its metadata and has no {CONFIG_NAME} beside it; if it "
+            "is a SoftREPA adapter, pass config=SoftREPAConfig.for_denoiser(...)"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """The Hub, both ways: one file down, one folder up, and every failure as a sentence that says what to do.
 
-What the Hub's client does itself is left to it: it asks again for what it could not reach, with a growing pause, before
-it falls back to its cache. It does not ask again for a download that the server refused for a moment; that is done here.
+What the Hub's client does itself is left to it: it asks again for what it could not reach, with a growing pause,
+before it falls back to its cache. A download that the server refuses for a moment it gives up at once; that is asked
+for again here.
 """
 
 import errno

@@ -19,6 +19,7 @@ from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
 from ..config import SoftREPAConfig
 from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
+from ..quoting import in_markdown
 from .arguments import ContrastiveFlowMatchingArguments
 from .journal import LOG_NAME, read_log
 from .validation import pictures_of_grid, save_picture
@@ -271,14 +272,14 @@ def _eval_results(entry: Mapping[str, float], data: Data, num_captions: int) -> 
 
 
 def _pictures_text(args: ContrastiveFlowMatchingArguments) -> str:
-    prompts = "\n".join(f"- {prompt}" for prompt in args.validation_prompts)
+    prompts = "\n".join(f"- {in_markdown(prompt)}" for prompt in args.validation_prompts)
     note = "Without the tokens on the left, with them on the right, from the same noise:"
     return f"{note}\n\n{prompts}\n\n![Pictures without and with the tokens]({PICTURES_NAME})"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+    cells = [[in_markdown(cell) for cell in line] for line in (heads, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(heads), *cells[1:]))
 
 
 _PANELS = {
