@@ -68,6 +68,7 @@ def load_checkpoint(
         if not may_be_fetched_again(path, source, options):
             raise
         logger.warning("the cached file is damaged and is fetched again: %s", error)
+    path.unlink(missing_ok=True)  # the client leaves a file in its place that is no link of its own
     options = replace(options, force_download=True)
     return _loaded(_locate(source, options), source, config, options)
 

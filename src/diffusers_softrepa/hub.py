@@ -42,6 +42,7 @@ RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a trouble that may be over in a moment
+_BROKEN_OFF = ("NetworkError", "RemoteProtocolError")  # classes of the client's transport
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 _T = TypeVar("_T")
 
@@ -161,16 +162,16 @@ def fetch(repo_id: str, filename: str, options: HubOptions) -> Path:
         raise ValueError(
             f"subfolder= and weight_name= name a file inside the repository, but {quoted('/'.join(inside))} leads out"
         )
-    path = _fetched(repo_id, filename, options)
-    if not _is_damaged(path):
+    path, again = _fetched(repo_id, filename, options), options.force_download
+    if _is_whole(path) is not False:
         return path
-    if not (options.force_download or options.local_files_only or constants.is_offline_mode()):
+    if not (again or options.local_files_only or constants.is_offline_mode()):
         logger.warning("%s of %s is damaged in the cache and is fetched again", filename, repo_id)
-        path = _fetched(repo_id, filename, replace(options, force_download=True))
-    if _is_damaged(path):
+        path, again = _fetched(repo_id, filename, replace(options, force_download=True)), True
+    if _is_whole(path) is False:
         raise ValueError(
-            f"{one_line(path)} is not what the Hub announced: it is damaged; load it again while online, with "
-            "force_download=True"
+            f"{one_line(path)} is not what the Hub announced: it is damaged; "
+            + ("it arrived so; try again from another network" if again else "load it again while online")
         )
     return path
 
@@ -179,7 +180,7 @@ def may_be_fetched_again(path: Path, source: str, options: HubOptions) -> bool:
     """Whether an unreadable file came from the Hub in a form that cannot be checked, and could be had again."""
     if options.force_download or options.local_files_only or constants.is_offline_mode() or Path(source).exists():
         return False
-    return _announced_digest(path) is None
+    return _is_whole(path) is None
 
 
 def is_missing(error: OSError) -> bool:
@@ -203,14 +204,14 @@ def is_absent(source: str | os.PathLike[str], options: HubOptions) -> bool:
 
 
 def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
-    def download() -> str:
+    def download(*, cached: bool = options.local_files_only) -> str:
         return hf_hub_download(
             repo_id,
             filename,
             subfolder=options.subfolder,
             revision=options.revision,
             token=options.token,
-            local_files_only=options.local_files_only,
+            local_files_only=cached,
             cache_dir=None if options.cache_dir is None else os.fspath(options.cache_dir),
             force_download=options.force_download,
             library_name="diffusers-softrepa",
@@ -221,6 +222,11 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
     except Exception as error:  # the client, its transport and the cache's disk raise many kinds
         # With force_download the client hides what went wrong behind a ValueError that names nothing.
         cause = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
+        if _is(cause, *_BROKEN_OFF) and not options.force_download:
+            try:  # the client itself looks into its cache for some of these only
+                return Path(download(cached=True))
+            except (OSError, ValueError):
+                logger.debug("%s of %s is not in the cache either", filename, repo_id)
         raise OSError(_redacted(_sentence(cause, repo_id, filename, options), options.token)) from cause
 
 
@@ -247,7 +253,7 @@ def _wait(error: Exception, pause: float) -> float | None:
     if response is not None and response.status_code in _PASSING:
         wanted = _retry_after(response.headers.get("Retry-After"))
         return max(pause, wanted) if wanted <= LONGEST_PAUSE else None
-    if hidden is not None and _is(hidden, "NetworkError", "TimeoutException", "RemoteProtocolError"):
+    if _is(hidden or error, *_BROKEN_OFF) and (hidden is not None or not _is(error, "ConnectError")):
         return pause
     return pause if str(error).startswith("Consistency check failed") else None
 
@@ -263,21 +269,22 @@ def _retry_after(header: str | None) -> float:
         return 0.0
 
 
-def _announced_digest(path: Path) -> str | None:
-    """Returns the sha256 under which the Hub's cache keeps a large file, None where it does not tell."""
-    name = Path(os.path.realpath(path)).name
-    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+def _is_whole(path: Path) -> bool | None:
+    """Whether a file of the Hub's cache has the content under whose digest it is kept; None where that is not told.
 
-
-def _is_damaged(path: Path) -> bool:
-    announced = _announced_digest(path)
-    if announced is None:
-        return False
-    digest = hashlib.sha256()
+    Large files are kept under their sha256, others under git's sha1, which mirrors of the Hub may make in another way.
+    """
+    announced = Path(os.path.realpath(path)).name
+    if re.fullmatch(r"[0-9a-f]{64}", announced):
+        digest = hashlib.sha256()
+    elif re.fullmatch(r"[0-9a-f]{40}", announced):
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    else:
+        return None
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest() != announced
+    return True if digest.hexdigest() == announced else False if len(announced) == 64 else None
 
 
 def _is(error: BaseException, *names: str) -> bool:
@@ -351,7 +358,7 @@ def _trouble(error: Exception, what: str, options: HubOptions) -> str:
             f"{what} is not in the cache and the Hub is out of reach (no connection to {constants.ENDPOINT}); "
             "download it once while online"
         )
-    if _is(error, "NetworkError", "RemoteProtocolError"):
+    if _is(error, *_BROKEN_OFF):
         return f"the connection broke off while {what} was asked for; try again"
     if str(error).startswith("Consistency check failed"):
         return f"{what} did not arrive whole; try again"
