@@ -226,7 +226,8 @@ def pictures_of(card: str) -> list[str]:
     named = _PICTURE.findall(_METADATA.sub("", card))
     gallery = metadata_of(card).get("widget")
     named += [_pictured(example) for example in gallery] if isinstance(gallery, list) else []
-    return list(dict.fromkeys(name for name in named if isinstance(name, str) and _is_beside(name)))
+    beside = [name for name in named if isinstance(name, str) and _is_beside(name)]
+    return list(dict.fromkeys(str(PurePosixPath(name)) for name in beside))
 
 
 def _is_beside(name: str) -> bool:

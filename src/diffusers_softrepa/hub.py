@@ -42,6 +42,7 @@ RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a trouble that may be over in a moment
+_TRIED_BY_CLIENT = (408, 429)  # of a download; of what comes before it, all, which it says in another way
 _BROKEN_OFF = ("NetworkError", "RemoteProtocolError")  # classes of the client's transport
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 _T = TypeVar("_T")
@@ -218,7 +219,7 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
         )
 
     try:
-        return Path(_tried(download))
+        return Path(_tried(download, already=_TRIED_BY_CLIENT))
     except Exception as error:  # the client, its transport and the cache's disk raise many kinds
         # With force_download the client hides what went wrong behind a ValueError that names nothing.
         cause = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
@@ -230,13 +231,18 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
         raise OSError(_redacted(_sentence(cause, repo_id, filename, options), options.token)) from cause
 
 
-def _tried(call: Callable[[], _T]) -> _T:
-    """Returns what a call of the Hub returns; a passing trouble is waited for, each time longer."""
+def _tried(call: Callable[[], _T], *, already: tuple[int, ...] = ()) -> _T:
+    """Returns what a call of the Hub returns; a passing trouble is waited for, each time longer.
+
+    Args:
+        call: The call.
+        already: Statuses after which the client itself has asked several times.
+    """
     for pause in RETRY_PAUSES:
         try:
             return call()
         except Exception as error:
-            wait = _wait(error, pause)
+            wait = _wait(error, pause, already)
             if wait is None:
                 raise
             logger.info("the Hub has a passing trouble; it is asked again in %.1f seconds", wait)
@@ -244,12 +250,14 @@ def _tried(call: Callable[[], _T]) -> _T:
     return call()
 
 
-def _wait(error: Exception, pause: float) -> float | None:
+def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | None:
     """Returns how many seconds to wait before another try; None if one would be of no use."""
     if isinstance(error, LocalEntryNotFoundError):  # the client has tried again already
         return None
     hidden = error.__cause__ if type(error) is ValueError else None
     response = getattr(hidden or error, "response", None)
+    if response is not None and hidden is None and response.status_code in already:
+        return None
     if response is not None and response.status_code in _PASSING:
         wanted = _retry_after(response.headers.get("Retry-After"))
         return max(pause, wanted) if wanted <= LONGEST_PAUSE else None
@@ -480,8 +488,11 @@ def push_folder(
                     repo_id,
                 )
             card = card if existing is None else refreshed(existing, card)
-            if card != existing:
-                operations.append(CommitOperationAdd(CARD_NAME, card.encode(errors="surrogateescape")))
+            content = card.encode(errors="surrogateescape")
+            if not _is_text(content):
+                logger.warning("the card of %s is not UTF-8 text and stays as it is; write it anew", repo_id)
+            elif card != existing:
+                operations.append(CommitOperationAdd(CARD_NAME, content))
         commit = _tried(
             lambda: api.create_commit(
                 repo_id,
@@ -504,6 +515,14 @@ def _push_advice(error: Exception) -> str:
     if status in _PASSING or (status is None and not isinstance(error, HFValidationError | ValueError)):
         return "wait until the Hub can be reached and has no trouble"
     return "log in with `hf auth login` or pass a token that may write there"
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_own(directory: Path, name: str) -> bool:

@@ -54,9 +54,9 @@ def load_softrepa(
 
     Args:
         target: A pipeline or a denoiser.
-        source: A Hub repository id, a folder, a safetensors file, or a state dict. For several denoisers: a
-            repository or folder with a subfolder for each component, or a dict of state dicts by component; those
-            that are not there get none.
+        source: A Hub repository id or a pasted address of the Hub, a folder, a safetensors file, or a state dict. For
+            several denoisers: a repository or folder with a subfolder for each component, or a dict of state dicts by
+            component; those that are not there get none.
         config: Needed with a state dict; elsewhere it replaces the stored one.
         adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
         hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
