@@ -101,7 +101,7 @@ def add_to_card(
             picture.save(folder / CARD_PICTURE_NAME)
         shown.append(CARD_PICTURE_NAME)
     if not (folder / CARD_NAME).is_file():
-        config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        config = SoftREPAConfig.from_dict(SoftREPAConfig.from_json_file(str(folder / CONFIG_NAME)))
         write_card(folder, str(model_card(config, UNKNOWN_REPO)))
     found = eval_results(result, setting or result.settings[-1], dataset_name=dataset_name, dataset_id=dataset_id)
     write_card(folder, _fragment(result, found, _model_name(folder), dataset_name, shown))

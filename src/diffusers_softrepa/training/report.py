@@ -96,7 +96,7 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
     if pictures:
         shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
         shown += [PICTURES_NAME, *_write_gallery(folder, len(args.validation_prompts))]
-    config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+    config = SoftREPAConfig.from_dict(SoftREPAConfig.from_json_file(str(folder / CONFIG_NAME)))
     write_card(folder, _card(args, config, data, log, shown, steps=steps, num_captions=num_captions))
     return shown
 
