@@ -10,7 +10,6 @@ is the verb on each of them, and in a folder each adapter lies in a subfolder of
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from .config import SoftREPAConfig
 from .denoisers import denoiser_of as denoiser_of
 from .denoisers import denoisers_of
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, is_absent, push_folder
+from .hub_ids import hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def load_softrepa(
 
     Args:
         target: A pipeline or a denoiser.
-        source: A Hub repository id, a folder, a safetensors file, or a state dict. For several denoisers: a
-            repository or folder with a subfolder for each component, or a dict of state dicts by component; those
-            that are not there get none.
+        source: A Hub repository id or a pasted address of the Hub, a folder, a safetensors file, or a state dict. For
+            several denoisers: a repository or folder with a subfolder for each component, or a dict of state dicts by
+            component; those that are not there get none.
         config: Needed with a state dict; elsewhere it replaces the stored one.
         adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
         hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
@@ -400,14 +400,13 @@ def _free_name(taken: Sequence[str], name: str | None, *, taken_is_fine: bool = 
 
 
 def _base_name(target: Any) -> str | None:
-    """Returns the Hub id or path that the target was loaded from; of a file in the Hub's cache, the id."""
+    """Returns the Hub id that the target was loaded from, else its path, which stays on this machine."""
     name = str(target.config.get("_name_or_path") or "")  # a Path if it was loaded from one
-    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
-    return "/".join(cached.groups()) if cached else name or None
+    return hub_id(name) or (os.path.abspath(name) if name else None)
 
 
 def _warn_of_other_base(target: Any, config: SoftREPAConfig) -> None:
     """Warns when both names are Hub ids and differ; paths may be copies of anything."""
-    names = (config.base_model_name_or_path, _base_name(target))
-    if all(name and name.count("/") == 1 and not Path(name).exists() for name in names) and names[0] != names[1]:
+    names = (hub_id(config.base_model_name_or_path), hub_id(_base_name(target)))
+    if all(names) and names[0] != names[1]:
         logger.warning("the adapter was trained on %s and is loaded into %s; alignment may not improve", *names)
