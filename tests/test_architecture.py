@@ -11,6 +11,7 @@ ROOT = Path(diffusers_softrepa.__file__).parent
 
 # Room -> the rooms it may import.
 ARROWS: dict[str, set[str]] = {
+    "compat": set(),
     "families": set(),
     "config": {"families"},
     "tokens": {"config"},
@@ -24,13 +25,13 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"checkpoint", "config", "families", "hub"},
     "denoisers": {"families"},
     "pipeline": {"adapter", "card", "checkpoint", "config", "denoisers", "hub"},
-    "integration": {"adapter", "denoisers", "pipeline"},
+    "integration": {"adapter", "compat", "denoisers", "pipeline"},
     "noising": set(),
     "pairs": set(),
     "objectives": {"pairs"},
-    "conditioning": {"families", "noising", "pipeline"},
+    "conditioning": {"compat", "families", "noising", "pipeline"},
     "editing": {"adapter", "conditioning", "noising"},
-    "evaluation": {"adapter", "card", "checkpoint", "config", "hub", "pipeline"},
+    "evaluation": {"adapter", "card", "checkpoint", "compat", "config", "hub", "pipeline"},
     # Editing, evaluation and training only when they are asked for.
     "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},
 }
