@@ -27,7 +27,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 import yaml
 from huggingface_hub import constants, hf_api
-from huggingface_hub.utils import close_session
+
+try:
+    from huggingface_hub.utils import close_session
+except ImportError:  # huggingface_hub 0
+    from huggingface_hub.utils._http import reset_sessions as close_session
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")

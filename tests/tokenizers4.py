@@ -1,4 +1,4 @@
-"""The tests' tokenizers for transformers 4, whose classes take files where those of transformers 5 take a vocabulary."""
+"""The tests' tokenizers for transformers 4, whose classes take files; those of transformers 5 take a vocabulary."""
 
 import json
 import tempfile

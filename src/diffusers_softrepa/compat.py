@@ -18,8 +18,17 @@ TRANSFORMERS = Version(transformers.__version__)
 # diffusers 0.35: modular pipelines. None before.
 ModularPipeline: Any = getattr(diffusers, "ModularPipeline", None)
 
-# transformers 5: the image processor that works on PIL images, without torchvision, has a name of its own.
-ClipProcessor: Any = getattr(transformers, "CLIPImageProcessorPil" if TRANSFORMERS.major > 4 else "CLIPImageProcessor")
+
+def pil_processor(name: str) -> Any:
+    """Returns the image processor class that works on PIL images, without torchvision; `...Pil` since transformers 5.
+
+    Args:
+        name: The class in transformers 4, such as `CLIPImageProcessor`.
+    """
+    return getattr(transformers, f"{name}Pil" if TRANSFORMERS.major > 4 else name)
+
+
+ClipProcessor: Any = pil_processor("CLIPImageProcessor")
 
 
 def pipeline_precision(dtype: torch.dtype) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def pooled(output: Any) -> Tensor:
     """Returns the projected features that CLIP's `get_image_features` and `get_text_features` computed, (n, width).
 
     Args:
-        output: What the method returned: the features themselves before transformers 5, an output that holds them since.
+        output: What the method returned: the features, or since transformers 5 an output that holds them.
     """
     return output if isinstance(output, Tensor) else output.pooler_output
 
@@ -82,6 +91,7 @@ __all__ = [
     "ModularPipeline",
     "get_module_execution_device",
     "model_precision",
+    "pil_processor",
     "pipeline_precision",
     "pooled",
 ]
