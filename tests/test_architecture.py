@@ -34,6 +34,22 @@ ARROWS: dict[str, set[str]] = {
     "conditioning": {"compat", "families", "noising", "pipeline"},
     "editing": {"adapter", "conditioning", "noising"},
     "evaluation": {"adapter", "card", "checkpoint", "compat", "config", "files", "hub", "pipeline", "quoting"},
+    "commands": {
+        "checkpoint",
+        "compat",
+        "conditioning",
+        "config",
+        "convert",
+        "editing",
+        "evaluation",
+        "families",
+        "files",
+        "hub",
+        "pipeline",
+        "quoting",
+        "training",
+    },
+    "__main__": set(),
     # Editing, evaluation and training only when they are asked for.
     "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},
 }

@@ -72,7 +72,8 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(
     source = built.parent / "src"
     package = {str(path.relative_to(source)) for path in (source / "diffusers_softrepa").rglob("*.py")}
     assert package | {"diffusers_softrepa/py.typed"} <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"diffusers_softrepa"}
+    top = {name.split("/")[0].split("-")[0] for name in names}
+    assert top == {"diffusers_softrepa", "softrepa_command.py"}
     assert any(name.endswith("LICENSE") for name in names)
     for extra in ("train", "eval", "docs", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
