@@ -43,6 +43,16 @@ def needed(meaning: str) -> Any:
     return field(metadata={"help": meaning})
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Says behind each option whether it is needed, or what its default is; a default of None says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        return text if action.default in (None, argparse.SUPPRESS, []) else f"{text} (default: %(default)s)"
+
+
 class Parser(HfArgumentParser):
     """A parser whose errors are ValueErrors, without the page of usage."""
 
@@ -82,7 +92,7 @@ def parse(
         prog=f"softrepa {name}",
         description=meaning,
         usage=f"softrepa {name} [settings.yaml | --config settings.yaml] [--option value ...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     _show_types(parser, classes)
@@ -161,10 +171,6 @@ def _show_types(parser: argparse.ArgumentParser, classes: Sequence[type]) -> Non
     kinds = {entry.name: entry.type for cls in classes for entry in dataclasses.fields(cls)}
     for action in parser._actions:
         kind = kinds.get(action.dest)
-        if action.required:
-            action.help = f"{action.help} (required)"
-        if action.default is None:
-            action.default = argparse.SUPPRESS  # its dataclass has it, and a default of None says nothing
         if kind is None or action.choices is not None or action.nargs == 0:
             continue
         text = kind.__name__ if isinstance(kind, type) else str(kind)
