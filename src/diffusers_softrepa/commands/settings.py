@@ -167,10 +167,12 @@ def _check_known(names: Collection[str], known: Collection[str], where: str) -> 
 
 
 def _show_types(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
-    """Lets `--help` say what kind of value each option takes."""
+    """Lets `--help` say what kind of value each option takes, and lets options of lists be empty."""
     kinds = {entry.name: entry.type for cls in classes for entry in dataclasses.fields(cls)}
     for action in parser._actions:
         kind = kinds.get(action.dest)
+        if action.nargs == "+" and not action.required:
+            action.nargs = "*"  # an empty list is a list
         if kind is None or action.choices is not None or action.nargs == 0:
             continue
         text = kind.__name__ if isinstance(kind, type) else str(kind)
