@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 import softrepa_command
+import tokenizers4
 from diffusers_softrepa.checkpoint import load_checkpoint
 from diffusers_softrepa.commands import run
 from diffusers_softrepa.commands.output import survivable_output
-from diffusers_softrepa.compat import pipeline_precision
+from diffusers_softrepa.compat import TRANSFORMERS, pipeline_precision
 from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 
 WORLD = Path(__file__).parents[1] / "examples" / "shapes_world"
-SD3, ADAPTER = str(WORLD / "sd3"), str(WORLD / "adapters" / "softrepa")
+ADAPTER = str(WORLD / "adapters" / "softrepa")
+SD3 = str(WORLD / "sd3")
+if TRANSFORMERS.major < 5:
+    _COPY = tempfile.TemporaryDirectory()
+    SD3 = str(tokenizers4.readable_pipeline(Path(SD3), Path(_COPY.name) / "sd3"))
 SHORT = ["--pipeline", SD3, "--steps", "1", "--device", "cpu", "--max_sequence_length", "15"]
 
 

@@ -1,6 +1,7 @@
 """The tests' tokenizers for transformers 4, whose classes take files; those of transformers 5 take a vocabulary."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,3 +31,28 @@ def t5_tokenizer(pieces: Sequence[tuple[str, float]], max_length: int) -> Any:
     tokenizer.decoder = decoders.Metaspace(**spaces)
     tokenizer.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
     return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=max_length)
+
+
+def readable_pipeline(source: Path, folder: Path) -> Path:
+    """Returns a copy of a pipeline that transformers 5 saved, with tokenizers that transformers 4 reads as well.
+
+    Args:
+        source: The pipeline's folder.
+        folder: Where the copy goes.
+    """
+    shutil.copytree(source, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, (_, kind) in ((name, entry) for name, entry in index.items() if name.startswith("tokenizer")):
+        settings = json.loads((folder / name / "tokenizer_config.json").read_text())
+        settings.pop("extra_special_tokens", None)  # a list in transformers 5, a mapping before
+        if kind == "CLIPTokenizer":
+            model = json.loads((folder / name / "tokenizer.json").read_text())["model"]
+            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+            (folder / name / "vocab.json").write_text(json.dumps(model["vocab"]))
+            (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        elif kind == "T5Tokenizer":
+            index[name] = ["transformers", "T5TokenizerFast"]
+            settings["tokenizer_class"] = "T5TokenizerFast"
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
