@@ -67,6 +67,7 @@ class SoftREPAConfig(PeftConfig):
     num_banks: int = 1
     init: Init = "normal"
     init_std: float = 0.02
+    peft_version: str | None = None  # a field of PEFT's own since 0.18, which older ones read as well
 
     def __post_init__(self) -> None:
         if self.peft_type != PEFT_TYPE:

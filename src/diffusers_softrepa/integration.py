@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from . import pipeline
 from .adapter import adapters_of
+from .compat import ModularPipeline
 from .denoisers import unwrapped
 from .files import parse_json
 from .quoting import one_line, quoted
@@ -56,12 +57,12 @@ def install() -> None:
     if "load_softrepa" in vars(DiffusionPipeline):
         return
     pipelines: Any = DiffusionPipeline
-    for cls in (pipelines, ModularPipeline, ModelMixin):
+    for cls in filter(None, (pipelines, ModularPipeline, ModelMixin)):
         for name, method in _METHODS.items():
             setattr(cls, name, method)
     pipelines.save_pretrained = _saving_adapters(pipelines.save_pretrained)
-    modular: Any = ModularPipeline
-    modular.save_pretrained = _warning_of_adapters(modular.save_pretrained)
+    if ModularPipeline is not None:
+        ModularPipeline.save_pretrained = _warning_of_adapters(ModularPipeline.save_pretrained)
     pipelines.from_pretrained = classmethod(_loading_adapters(pipelines.from_pretrained.__func__))
 
 
