@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+
 from shapes_world.drawing import draw, load_base, measure
 from shapes_world.world import prompts
 
@@ -28,7 +29,8 @@ def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys, monkey
     demo.main(["--per-skill", "2", "--steps", "4", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     for skill in (*demo.SKILLS, "total"):
-        assert len(re.findall(rf"{skill} +\d+\.\d % +\d+\.\d %", printed)) == 2  # the adapter's table, and the trained one's
+        # In the adapter's table, and in that of the trained one.
+        assert len(re.findall(rf"{skill} +\d+\.\d % +\d+\.\d %", printed)) == 2
     assert len(re.findall(r"total .* [+-]\d+\.\d ± \d+\.\d\n", printed)) == 2
     with Image.open(tmp_path / "pictures.png") as pictures:
         assert pictures.height > len(demo.SHOWN) * 96
