@@ -29,8 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "pairs": set(),
     "objectives": {"pairs"},
     "conditioning": {"families", "noising", "pipeline"},
-    "editing": {"adapter", "conditioning", "noising"},
-    "evaluation": {"adapter", "card", "checkpoint", "config", "hub", "pipeline"},
+    "editing": {"conditioning", "noising", "pipeline"},
+    "evaluation": {"card", "checkpoint", "config", "denoisers", "hub", "pipeline"},
     # Editing, evaluation and training only when they are asked for.
     "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},
 }

@@ -37,6 +37,12 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
     )
 
 
+def takes_soft_tokens(target: Any) -> bool:
+    """Whether a pipeline has a denoiser that takes soft tokens, or is one."""
+    components = [target] if isinstance(target, nn.Module) else target.components.values()
+    return any(isinstance(part, nn.Module) and is_supported(unwrapped(part)) for part in components)
+
+
 def denoiser_of(target: Any) -> nn.Module:
     """Returns the one denoiser of a pipeline, or `target` itself when it is one.
 

@@ -296,6 +296,28 @@ def softrepa_disabled(target: Any) -> Iterator[None]:
                     adapters.pause(-1)
 
 
+@contextmanager
+def softrepa_left_as_found(target: Any) -> Iterator[None]:
+    """Lets the adapters of `target` be activated, weighted and switched; puts all that back as it was afterwards.
+
+    What is loaded or removed meanwhile stays so.
+
+    Args:
+        target: A pipeline or a denoiser.
+    """
+    hosts = list(denoisers_of(target).values())
+    found = [(denoiser, adapters.state) for denoiser in hosts if (adapters := adapters_of(denoiser)) is not None]
+    try:
+        yield
+    finally:
+        with changing(hosts):
+            for denoiser, state in found:
+                adapters = adapters_of(denoiser)
+                if adapters is not None:
+                    here = {name: weight for name, weight in state.weights.items() if name in adapters.names}
+                    adapters.become(replace(adapters.state, weights=here, enabled=state.enabled))
+
+
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
     """Removes the named adapters; no other one becomes active in their place.
 

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..pipeline import softrepa_parameters
 from .prompts import Prompt
-from .settings import Setting, loaded_adapters
+from .settings import Setting
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -190,11 +191,9 @@ def _weights_digest(module: nn.Module) -> str:
 
 
 def _setting_facts(pipe: Any, setting: Setting) -> dict[str, Any]:
-    adapters = loaded_adapters(pipe)
     facts = {}
     for name, weight in setting.weights.items():
-        assert adapters is not None  # checked when the settings were made
-        tensors = adapters[name].tokens.state_dict()
+        tensors = softrepa_parameters(pipe, name)  # of all its denoisers
         facts[name] = {"weight": weight, "tokens": _digest(torch.cat([one.flatten() for one in tensors.values()]))}
     return facts
 
