@@ -273,13 +273,14 @@ def make_adapter(
         ValueError: The config does not fit the denoiser, or the initial embeddings do not fit the config.
     """
     layers = layers_of(denoiser, config)
-    if tensors is None:
-        tokens = SoftTokens(config, text_embeddings=text_embeddings, generator=generator)
-    else:
-        # The values drawn are replaced, so they are not drawn from the generator that the caller's pictures come from.
-        tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
-        tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
-    tokens.requires_grad_(trainable).to(_device(denoiser))
+    with torch.inference_mode(False):
+        if tensors is None:
+            tokens = SoftTokens(config, text_embeddings=text_embeddings, generator=generator)
+        else:
+            # The values drawn are replaced, so not drawn from the generator that the caller's pictures come from.
+            tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
+            tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+        tokens.requires_grad_(trainable).to(_device(denoiser))
     return Adapter(config, tokens, layers)
 
 

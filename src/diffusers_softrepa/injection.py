@@ -279,8 +279,13 @@ def _plan(path: str, sources: Sequence[Source]) -> Plan:
     for size, (upper, lower) in enumerate(itertools.pairwise(weights)):
         if upper != lower:
             members = tuple(sorted(member for _, member in ranked[:size]))
-            plan.append((None if upper - lower == 1.0 else torch.tensor(upper - lower), members))
+            plan.append((None if upper - lower == 1.0 else _factor(upper - lower), members))
     return tuple(plan)
+
+
+def _factor(value: float) -> Tensor:
+    with torch.inference_mode(False):  # a call that trains may use it
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _kind(plan: Plan) -> tuple[tuple[bool, int], ...] | None:
@@ -417,7 +422,8 @@ def _device_of(arguments: Mapping[str, Any]) -> torch.device:
 def _on(tokens: SoftTokens, device: torch.device) -> SoftTokens:
     """Returns `tokens` where the denoiser runs; they follow it there once, as guests of no hook."""
     if tokens.tokens.device != device and device.type != "meta":
-        tokens.to(device)
+        with torch.inference_mode(False):  # they can be trained wherever they are moved
+            tokens.to(device)
     return tokens
 
 
