@@ -57,6 +57,29 @@ def denoiser_of(target: Any) -> nn.Module:
     return next(iter(found.values()))
 
 
+def check_passes_gradients(denoiser: nn.Module) -> None:
+    """Checks that gradients pass each quantised layer of a denoiser, as training needs.
+
+    Raises:
+        ValueError: One stops them, as torchao's dynamic int8 does, which rounds what comes in.
+    """
+    for name, layer in denoiser.named_modules():
+        weight: Any = getattr(layer, "weight", None)
+        if not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter or weight is None or weight.is_meta:
+            continue
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        with torch.inference_mode(False), torch.enable_grad():
+            given = torch.zeros(1, layer.in_features, device=weight.device, dtype=dtype, requires_grad=True)
+            found = layer(given)
+            passes = found.requires_grad and torch.autograd.grad(found.sum(), given, allow_unused=True)[0] is not None
+        if not passes:
+            raise ValueError(
+                f"training needs gradients through the whole denoiser, but {name} of {type(denoiser).__name__}, whose "
+                f"weight is a {type(weight).__name__}, passes none; quantise the weights alone (torchao's "
+                "Int8WeightOnlyConfig, bitsandbytes, GGUF), or train on the model as it is; sampling works on both"
+            )
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Returns the module behind `torch.compile`."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
