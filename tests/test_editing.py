@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import tiny
-from diffusers_softrepa import editing, flow_edit
+from diffusers_softrepa import editing, flow_edit, softrepa_disabled
 from diffusers_softrepa.adapter import adapters_of
 from diffusers_softrepa.conditioning import concatenate, conditioner_of
 from diffusers_softrepa.editing.flow import edit_latents
-from diffusers_softrepa.editing.guidance import Guided, adapters_off
+from diffusers_softrepa.editing.guidance import Guided
 from diffusers_softrepa.editing.images import read_images
 from diffusers_softrepa.editing.levels import Level, Step, sampling_steps
 from golden import Golden, golden
@@ -184,7 +184,7 @@ def test_without_adapters_every_scope_is_the_same(pipe: DiffusionPipeline):
 
 
 def test_adapters_are_on_again_after_an_error(adapted: DiffusionPipeline):
-    with pytest.raises(KeyError), adapters_off(adapted.transformer):
+    with pytest.raises(KeyError), softrepa_disabled(adapted.transformer):
         assert adapted.get_softrepa_adapters() == {"softrepa": None}
         raise KeyError
     assert adapted.get_softrepa_adapters() == {"softrepa": 1.0}

@@ -21,7 +21,14 @@ from torch.testing import assert_close
 
 import tiny
 import zoo_pipelines
-from diffusers_softrepa import SoftREPAConfig, load_softrepa, save_softrepa, softrepa_parameters
+from diffusers_softrepa import (
+    SoftREPAConfig,
+    evaluate,
+    load_softrepa,
+    save_softrepa,
+    softrepa_disabled,
+    softrepa_parameters,
+)
 
 pytest_plugins = ["hub_server"]
 
@@ -258,3 +265,35 @@ def test_ideogram_has_an_adapter_on_each_of_its_models(monkeypatch: pytest.Monke
     assert torch.equal(draw(), base)
     pipe.load_softrepa(tmp_path)
     assert torch.equal(draw(), both)
+
+
+def test_evaluating_compares_the_base_model_with_the_adapters_of_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    pipe = ideogram(monkeypatch)
+    settings = {"height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 8}
+    settings |= {"guidance_scale": 3.0, "guidance_schedule": None}
+
+    def columns(name: str, adapters: list[Any]) -> dict[str, bytes]:
+        evaluate(pipe, ["a cat"], [], adapters, output_dir=tmp_path / name, **settings)
+        return {path.parent.name: path.read_bytes() for path in (tmp_path / name).rglob("images/*/*.png")}
+
+    bare = columns("bare", [None])
+    pipe.add_softrepa(SoftREPAConfig.for_denoiser(pipe.transformer, init_std=1.0))
+    pipe.unconditional_transformer.set_softrepa("softrepa", 0.5)
+    pipe.transformer.disable_softrepa()
+    compared = columns("compared", [None, "softrepa", {"softrepa": 0.5}])
+    assert compared["base"] == bare["base"]
+    assert len(set(compared.values())) == 3
+    assert pipe.transformer.get_softrepa_adapters() == {"softrepa": None}
+    assert pipe.unconditional_transformer.get_softrepa_adapters() == {"softrepa": 0.5}
+    pipe.transformer.enable_softrepa()
+    assert pipe.transformer.get_softrepa_adapters() == {"softrepa": 1.0}
+
+
+def test_a_context_switches_the_adapters_of_all_denoisers_off():
+    pipe = pipeline()
+    base = generate(pipe)
+    pipe.add_softrepa(config(pipe))
+    with softrepa_disabled(pipe):
+        assert torch.equal(generate(pipe), base)
+        assert pipe.get_softrepa_adapters() == {"softrepa": None}
+    assert not torch.equal(generate(pipe), base)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import pytest
@@ -309,7 +309,7 @@ def test_a_verb_on_two_denoisers_that_is_interrupted_leaves_both_old_or_both_new
 
     class Pipeline:
         components = parts
-        config: dict[str, Any] = {}
+        config = MappingProxyType({})
 
     pair = Pipeline()
     verbs = {

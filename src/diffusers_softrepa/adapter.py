@@ -4,19 +4,20 @@ They are guests. They are kept beside the denoiser's modules, not among them: it
 `repr` and dtype are what they were, whatever is attached.
 """
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import SoftREPAConfig, layers_of
-from .families import family_of
+from .families import family_of, text_blocks
 from .injection import Injector, Source
 from .tokens import SoftTokens
+from .weights import Weight, fitted
 
 _ATTRIBUTE = "_softrepa"
 # One for all denoisers: a verb on a pipeline changes several, and is over in microseconds.
@@ -25,11 +26,31 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of a denoiser: its config, its tokens, and which layer of them each block reads."""
+    """One adapter of a denoiser.
+
+    Attributes:
+        config: What it is.
+        tokens: Its numbers.
+        layers: Which layer of them each block reads, by block path.
+        stages: Stage of each of these blocks, by block path; None where blocks are numbered layers.
+    """
 
     config: SoftREPAConfig
     tokens: SoftTokens
     layers: Mapping[str, int]
+    stages: Mapping[str, str | None]
+
+    def source(self, weight: Weight) -> Source:
+        """Returns what the injector gives to the blocks at a weight."""
+        weights = {path: _part(weight, layer, self.stages[path]) for path, layer in self.layers.items()}
+        return Source(self.tokens, self.layers, weights)
+
+
+def _part(weight: Weight, layer: int, stage: str | None) -> float:
+    """Returns the weight in one layer or stage."""
+    if isinstance(weight, Mapping):
+        return weight[str(stage)]
+    return weight[layer] if isinstance(weight, tuple) else weight
 
 
 @dataclass(frozen=True)
@@ -44,23 +65,18 @@ class State:
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Weight] = field(default_factory=dict)
     enabled: bool = True
     pauses: int = 0
 
     @property
-    def taking_part(self) -> dict[str, float]:
+    def taking_part(self) -> dict[str, Weight]:
         """Weights of the adapters that take part in denoiser calls, by name."""
         return dict(self.weights) if self.enabled and not self.pauses else {}
 
     def sources(self) -> list[Source]:
         """Returns what the injector is to use."""
-        return [
-            Source(
-                self.adapters[name].tokens, self.adapters[name].layers, dict.fromkeys(self.adapters[name].layers, w)
-            )
-            for name, w in self.taking_part.items()
-        ]
+        return [self.adapters[name].source(weight) for name, weight in self.taking_part.items()]
 
 
 class Adapters:
@@ -84,7 +100,7 @@ class Adapters:
         return list(self._state.adapters)
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, Weight]:
         """Weights of the active adapters by name."""
         return dict(self._state.weights)
 
@@ -146,20 +162,15 @@ class Adapters:
             for key, parameter in self[name].tokens.named_parameters():
                 parameter.copy_(tensors[key])
 
-    def activate(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Makes exactly the named adapters active, with these weights.
+    def weighed(self, weights: Mapping[str, Any]) -> State:
+        """Returns the state in which exactly the named adapters are active, with these weights.
 
         Raises:
-            ValueError: A name is unknown or comes twice, or a weight is not a finite number.
+            ValueError: A name is unknown, or a weight does not fit its adapter.
         """
-        _check_present(names, self._state.adapters)
-        if len(set(names)) != len(names) or len(names) != len(weights):
-            raise ValueError(f"each adapter needs one weight, but got adapters {list(names)}, weights {list(weights)}")
-        for weight in weights:
-            if not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise ValueError(f"a weight must be a finite number, but is {weight!r}")
-        chosen = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
-        self.become(replace(self._state, weights=chosen))
+        _check_present(list(weights), self._state.adapters)
+        chosen = {name: fitted(weight, name, self[name].config) for name, weight in weights.items()}
+        return replace(self._state, weights=chosen)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switches the active adapters on or off; off, every denoiser call is the base model's."""
@@ -273,14 +284,16 @@ def make_adapter(
         ValueError: The config does not fit the denoiser, or the initial embeddings do not fit the config.
     """
     layers = layers_of(denoiser, config)
-    if tensors is None:
-        tokens = SoftTokens(config, text_embeddings=text_embeddings, generator=generator)
-    else:
-        # The values drawn are replaced, so they are not drawn from the generator that the caller's pictures come from.
-        tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
-        tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
-    tokens.requires_grad_(trainable).to(_device(denoiser))
-    return Adapter(config, tokens, layers)
+    with torch.inference_mode(False):
+        if tensors is None:
+            tokens = SoftTokens(config, text_embeddings=text_embeddings, generator=generator)
+        else:
+            # The values drawn are replaced, so not drawn from the generator that the caller's pictures come from.
+            tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
+            tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+        tokens.requires_grad_(trainable).to(_device(denoiser))
+    stages = {block.path: block.group.stage for block in text_blocks(denoiser, family_of(denoiser))}
+    return Adapter(config, tokens, layers, stages)
 
 
 def attach(denoiser: nn.Module, name: str, adapter: Adapter) -> None:

@@ -37,6 +37,12 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
     )
 
 
+def takes_soft_tokens(target: Any) -> bool:
+    """Whether a pipeline has a denoiser that takes soft tokens, or is one."""
+    components = [target] if isinstance(target, nn.Module) else target.components.values()
+    return any(isinstance(part, nn.Module) and is_supported(unwrapped(part)) for part in components)
+
+
 def denoiser_of(target: Any) -> nn.Module:
     """Returns the one denoiser of a pipeline, or `target` itself when it is one.
 
@@ -49,6 +55,29 @@ def denoiser_of(target: Any) -> nn.Module:
             f"{type(target).__name__} has several denoisers, {sorted(found)}; give one of them instead of the pipeline"
         )
     return next(iter(found.values()))
+
+
+def check_passes_gradients(denoiser: nn.Module) -> None:
+    """Checks that gradients pass each quantised layer of a denoiser, as training needs.
+
+    Raises:
+        ValueError: One stops them, as torchao's dynamic int8 does, which rounds what comes in.
+    """
+    for name, layer in denoiser.named_modules():
+        weight: Any = getattr(layer, "weight", None)
+        if not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter or weight is None or weight.is_meta:
+            continue
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        with torch.inference_mode(False), torch.enable_grad():
+            given = torch.zeros(1, layer.in_features, device=weight.device, dtype=dtype, requires_grad=True)
+            found = layer(given)
+            passes = found.requires_grad and torch.autograd.grad(found.sum(), given, allow_unused=True)[0] is not None
+        if not passes:
+            raise ValueError(
+                f"training needs gradients through the whole denoiser, but {name} of {type(denoiser).__name__}, whose "
+                f"weight is a {type(weight).__name__}, passes none; quantise the weights alone (torchao's "
+                "Int8WeightOnlyConfig, bitsandbytes, GGUF), or train on the model as it is; sampling works on both"
+            )
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -39,7 +39,11 @@ from torch import Tensor, nn
 from .families import FamilySpec, Group, text_blocks
 from .insertion import cut_tokens, insert_rows, insert_tokens
 from .tokens import SoftTokens
+from .weights import as_number
 from .wrapping import Wrap, bound, positions_of, replaced, uncompiled, wrapped_by
+
+# Key of `joint_attention_kwargs` and its kin: factor of all weights in one call, as `scale` is LoRA's.
+SCALE = "softrepa_scale"
 
 # What one block does in one denoiser call: (factor, tokens) for each term, factor None for 1, tokens None for none.
 Terms = tuple[tuple[Tensor | None, Tensor | None], ...]
@@ -118,12 +122,12 @@ class _Work:
 
     Attributes:
         sources: Whose tokens take part.
-        plans: What each block does that gets any.
+        plans: What each block does that gets any, with its path.
         kinds: Kind of work of every block that tokens can go to, by path; None for those that run as they are.
     """
 
     sources: tuple[Source, ...] = ()
-    plans: tuple[tuple[_Site, Plan], ...] = ()
+    plans: tuple[tuple[str, Plan], ...] = ()
     kinds: Mapping[str, Hashable] = field(default_factory=dict)
 
 
@@ -189,7 +193,7 @@ class Injector:
         sources = tuple(source for source in sources if any(source.weights.values()))
         plans = {path: _plan(path, sources) for path in self._sites}
         kinds = {path: _kind(plan) for path, plan in plans.items()}
-        work = _Work(sources, tuple((self._sites[path], plan) for path, plan in plans.items() if kinds[path]), kinds)
+        work = _Work(sources, tuple((path, plan) for path, plan in plans.items() if kinds[path]), kinds)
         with self._calls.lock:
             self._settle(work.kinds, self._work.kinds)
             self._work = work
@@ -219,11 +223,26 @@ class Injector:
             if any(kind and not self._work.kinds.get(path) for path, kind in call.kinds.items()):
                 self._settle(self._work.kinds)
 
-    def begin_denoiser(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, list[tuple[_Site, Terms]]]:
+    def without_scale(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
+        """Returns the arguments of a call as the denoiser knows them, and the strength that they held for us.
+
+        Raises:
+            ValueError: The strength is not a finite number.
+        """
+        for name, given in bound(self._positions, args, kwargs).items():
+            if name.endswith("attention_kwargs") and isinstance(given, Mapping) and SCALE in given:
+                rest = {key: value for key, value in given.items() if key != SCALE}
+                args, kwargs = replaced(self._positions, args, kwargs, {name: rest or None})
+                return args, kwargs, as_number(given[SCALE], f"{SCALE} in {name}")
+        return args, kwargs, 1.0
+
+    def begin_denoiser(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float
+    ) -> tuple[_Call, list[tuple[_Site, Terms]]]:
         """Registers a denoiser call; returns it with what each site does in it."""
         with self._calls.lock:
             call = _Call(self._work.kinds)
-            terms = self.terms_of_call(args, kwargs)
+            terms = self.terms_of_call(args, kwargs, scale)
             self._calls.running.add(call)
         return call, terms
 
@@ -239,14 +258,14 @@ class Injector:
         if not on:
             self._denoiser_wrap.set(None)
 
-    def terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[_Site, Terms]]:
-        """Returns what each site does in the denoiser call with these arguments."""
+    def terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> list[tuple[_Site, Terms]]:
+        """Returns what each site does in the denoiser call with these arguments, all weights times `scale`."""
         sources, work = self._work.sources, self._work.plans
         if not sources:
             return []
         arguments = bound(self._positions, args, kwargs)
         self._check_call(arguments, timed=any((source.tokens.num_bins or 1) > 1 for source in sources))
-        if any(site.group.level == "kv" for site, _ in work) and not torch.compiler.is_compiling():
+        if any(self._sites[path].group.level == "kv" for path, _ in work) and not torch.compiler.is_compiling():
             for site in self._sites.values():
                 site.follow()
         timestep = torch.as_tensor(arguments[self._timestep.arg], device=_device_of(arguments))
@@ -255,7 +274,9 @@ class Injector:
         tables = [_on(source.tokens, level.device)(level, bank=bank) for source in sources]
         rows = max([1] + [table.shape[0] for table in tables])  # 1 or batch
         tables = [table.expand(rows, -1, -1, -1) for table in tables]
-        return [(site, _terms(plan, tables)) for site, plan in work]
+        if scale != 1.0:
+            work = tuple((path, _plan(path, sources, scale)) for path, _ in work)
+        return [(self._sites[path], _terms(plan, tables)) for path, plan in work]
 
     def _check_call(self, arguments: Mapping[str, Any], *, timed: bool) -> None:
         """Refuses what cannot be right with tokens, before anything is touched."""
@@ -266,10 +287,10 @@ class Injector:
                 raise ValueError(hindrance)
 
 
-def _plan(path: str, sources: Sequence[Source]) -> Plan:
+def _plan(path: str, sources: Sequence[Source], scale: float = 1.0) -> Plan:
     """Returns the Choquet terms of one block, those with factor zero left out."""
     here = [
-        (source.weights[path], (index, layer))
+        (scale * source.weights[path], (index, layer))
         for index, source in enumerate(sources)
         if (layer := source.layers.get(path)) is not None
     ]
@@ -279,8 +300,13 @@ def _plan(path: str, sources: Sequence[Source]) -> Plan:
     for size, (upper, lower) in enumerate(itertools.pairwise(weights)):
         if upper != lower:
             members = tuple(sorted(member for _, member in ranked[:size]))
-            plan.append((None if upper - lower == 1.0 else torch.tensor(upper - lower), members))
+            plan.append((None if upper - lower == 1.0 else _factor(upper - lower), members))
     return tuple(plan)
+
+
+def _factor(value: float) -> Tensor:
+    with torch.inference_mode(False):  # a call that trains may use it
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _kind(plan: Plan) -> tuple[tuple[bool, int], ...] | None:
@@ -303,9 +329,10 @@ def _run_denoiser(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     injector, forward = wrapped_by(module)
     if injector is None:
         return forward(*args, **kwargs)
+    args, kwargs, scale = injector.without_scale(args, kwargs)
     if torch.compiler.is_compiling():  # the graph holds all that the call does
-        return _run_with_terms(injector, injector.terms_of_call(args, kwargs), forward, args, kwargs)
-    call, work = injector.begin_denoiser(args, kwargs)
+        return _run_with_terms(injector, injector.terms_of_call(args, kwargs, scale), forward, args, kwargs)
+    call, work = injector.begin_denoiser(args, kwargs, scale)
     try:
         return _run_with_terms(injector, work, forward, args, kwargs)
     finally:
@@ -417,7 +444,8 @@ def _device_of(arguments: Mapping[str, Any]) -> torch.device:
 def _on(tokens: SoftTokens, device: torch.device) -> SoftTokens:
     """Returns `tokens` where the denoiser runs; they follow it there once, as guests of no hook."""
     if tokens.tokens.device != device and device.type != "meta":
-        tokens.to(device)
+        with torch.inference_mode(False):  # they can be trained wherever they are moved
+            tokens.to(device)
     return tokens
 
 

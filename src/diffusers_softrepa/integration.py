@@ -48,6 +48,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "delete_softrepa": pipeline.delete_softrepa,
     "unload_softrepa": pipeline.unload_softrepa,
     "get_softrepa_adapters": pipeline.get_softrepa_adapters,
+    "softrepa_disabled": pipeline.softrepa_disabled,
     "softrepa_parameters": pipeline.softrepa_parameters,
 }
 

@@ -172,9 +172,11 @@ def sample_timesteps(
     if std <= 0 or shift <= 0:
         raise ValueError(f"std and shift must be positive but got std={std} and shift={shift}")
     if density == "logit_normal":
-        sigma = torch.sigmoid(mean + std * torch.randn(num_samples, generator=generator))
+        sigma = torch.sigmoid(
+            mean + std * torch.randn(num_samples, generator=generator, dtype=torch.float32, device="cpu")
+        )
     else:
-        sigma = torch.rand(num_samples, generator=generator)
+        sigma = torch.rand(num_samples, generator=generator, dtype=torch.float32, device="cpu")
     if density == "shifted":
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return (NUM_TRAIN_TIMESTEPS * sigma).clamp(max=_LAST_TIMESTEP)

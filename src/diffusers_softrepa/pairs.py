@@ -103,7 +103,7 @@ def subsample_negatives(
         )
     on_cpu, matched = weights.detach().to("cpu", torch.float64), is_positive(positive, weights).cpu()
     inclusion = _inclusion_probabilities(on_cpu.abs().masked_fill(matched, 0), num_negatives)
-    offsets = torch.rand(len(weights), 1, generator=generator, dtype=torch.float64)
+    offsets = torch.rand(len(weights), 1, generator=generator, dtype=torch.float64, device="cpu")
     drawn = _systematic_sample(inclusion, offsets)
     scaled = torch.where(drawn, on_cpu / inclusion.where(drawn, 1), 0)
     return scaled.where(~matched, on_cpu).to(weights)

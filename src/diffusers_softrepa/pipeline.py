@@ -27,6 +27,7 @@ from .denoisers import denoiser_of as denoiser_of
 from .denoisers import denoisers_of
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, is_absent, push_folder
 from .hub_ids import hub_id
+from .weights import plain, weights_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -222,34 +223,36 @@ def save_softrepa(
     return url
 
 
-def set_softrepa(target: Any, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+def set_softrepa(target: Any, names: str | Sequence[str] | Mapping[str, Any], weights: Any = None) -> None:
     """Makes exactly the named adapters active, each with its weight.
 
     At weight 0 the output is the base model's, bit for bit; at 1 the trained adapter's; in between each block's output
     moves in a straight line from one to the other. Several adapters at weight 1 all show their tokens. Of a
     pipeline's denoisers, one that has none of them has no active adapter then.
 
+    A weight is a number of Python, numpy or torch, or one for each layer of tokens as a list or `{layer: number}`,
+    or one for each stage of a UNet, `{"down": 0.5}`; what a mapping leaves out has 1.
+
     Args:
         target: A pipeline or a denoiser.
-        names: One name or several.
-        weights: One weight for all, or one each.
+        names: One name, several, or a mapping from names to weights as `get_softrepa_adapters` returns it, in which
+            None means not active.
+        weights: One weight for all, or one each; 1 unless given. A list for one name is a weight for each layer.
 
     Raises:
-        ValueError: A name is unknown or the numbers of names and weights differ.
+        ValueError: A name is unknown, the numbers of names and weights differ, or a weight is not a finite number or
+            does not fit the adapter's layers. Nothing is changed then.
+        TypeError: The names are no strings, or weights are given beside a mapping.
     """
-    chosen = [names] if isinstance(names, str) else list(names)
-    each = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights)
+    chosen = weights_by_name(names, weights)
     with changing(denoisers_of(target).values()):
-        having = _having(target, chosen)
-        for adapters in having.values():
-            if set(chosen) <= set(adapters.names):
-                adapters.activate(chosen, each)
-            else:
-                shares = [pair for pair in zip(chosen, each, strict=True) if pair[0] in adapters.names]
-                adapters.activate([name for name, _ in shares], [weight for _, weight in shares])
-        for component, adapters in _having(target).items():
-            if component not in having:
-                adapters.activate([], [])
+        _having(target, [*chosen, *(names if isinstance(names, Mapping) else [])])  # all are known
+        states = [
+            (adapters, adapters.weighed({name: weight for name, weight in chosen.items() if name in adapters.names}))
+            for adapters in _having(target).values()
+        ]
+        for adapters, state in states:
+            adapters.become(state)
 
 
 def enable_softrepa(target: Any) -> None:
@@ -296,6 +299,28 @@ def softrepa_disabled(target: Any) -> Iterator[None]:
                     adapters.pause(-1)
 
 
+@contextmanager
+def softrepa_left_as_found(target: Any) -> Iterator[None]:
+    """Lets the adapters of `target` be activated, weighted and switched; puts all that back as it was afterwards.
+
+    What is loaded or removed meanwhile stays so.
+
+    Args:
+        target: A pipeline or a denoiser.
+    """
+    hosts = list(denoisers_of(target).values())
+    found = [(denoiser, adapters.state) for denoiser in hosts if (adapters := adapters_of(denoiser)) is not None]
+    try:
+        yield
+    finally:
+        with changing(hosts):
+            for denoiser, state in found:
+                adapters = adapters_of(denoiser)
+                if adapters is not None:
+                    here = {name: weight for name, weight in state.weights.items() if name in adapters.names}
+                    adapters.become(replace(adapters.state, weights=here, enabled=state.enabled))
+
+
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
     """Removes the named adapters; no other one becomes active in their place.
 
@@ -317,18 +342,20 @@ def unload_softrepa(target: Any) -> None:
             detach(denoiser)
 
 
-def get_softrepa_adapters(target: Any) -> dict[str, float | None]:
-    """Returns the loaded adapters: weight by name, None for those that are not active now.
+def get_softrepa_adapters(target: Any) -> dict[str, Any]:
+    """Returns the loaded adapters: weight by name, None for those that are not active now; `set_softrepa` takes it.
 
-    Of a name that several denoisers of a pipeline have, the weight is that on the first.
+    A weight is a number, a list with one for each layer, or a dict with one for each stage, as it was set. Of a name
+    that several denoisers of a pipeline have, it is that on the first.
     """
-    weights: dict[str, float | None] = {}
+    weights: dict[str, Any] = {}
     for denoiser in denoisers_of(target).values():
         adapters = adapters_of(denoiser)
         if adapters is not None:
             state = adapters.state
             active = state.taking_part
-            weights = {name: active.get(name) for name in state.adapters} | weights
+            found = {name: plain(active[name]) if name in active else None for name in state.adapters}
+            weights = found | weights
     return weights
 
 

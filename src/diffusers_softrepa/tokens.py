@@ -34,7 +34,7 @@ def timestep_bin(timestep: Tensor, num_bins: int, scale: float = 1.0) -> Tensor:
 
 
 class SoftTokens(nn.Module):
-    """The learned numbers of one adapter, float32.
+    """The learned numbers of one adapter: float32 and trainable, whatever defaults and modes the process has set.
 
     Attributes:
         tokens: `(L, K, D)`.
@@ -60,13 +60,17 @@ class SoftTokens(nn.Module):
         super().__init__()
         self.num_bins = config.num_timestep_bins
         self.num_banks = config.num_banks
-        start = _starting_rows(config, text_embeddings)
-        values = {
-            name: torch.empty(shape).normal_(0.0, config.init_std, generator=generator)
-            for name, shape in config.shapes.items()
-        }
-        self.tokens = nn.Parameter(values["tokens"] + start)
-        self.timestep_tokens = nn.Parameter(values["timestep_tokens"]) if "timestep_tokens" in values else None
+        device = torch.device("cpu") if generator is None else generator.device
+        with torch.inference_mode(False), torch.no_grad():
+            start = _starting_rows(config, text_embeddings).to(device)
+            values = {
+                name: torch.empty(shape, dtype=torch.float32, device=device).normal_(
+                    0.0, config.init_std, generator=generator
+                )
+                for name, shape in config.shapes.items()
+            }
+            self.tokens = nn.Parameter(values["tokens"] + start)
+            self.timestep_tokens = nn.Parameter(values["timestep_tokens"]) if "timestep_tokens" in values else None
 
     def forward(self, timestep: Tensor, *, scale: float = 1.0, bank: Tensor | int = 0) -> Tensor:
         """Returns the tokens of every layer.
@@ -94,7 +98,7 @@ def _starting_rows(config: SoftREPAConfig, text_embeddings: Tensor | None) -> Te
     if config.init == "normal":
         if text_embeddings is not None:
             raise ValueError('text_embeddings are only used with init="text"; set it, or leave them out')
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     if text_embeddings is None:
         raise ValueError('init="text" needs text_embeddings of shape (S, D) to start from')
     if text_embeddings.ndim != 2 or text_embeddings.shape[1] != config.token_dim:
@@ -102,5 +106,5 @@ def _starting_rows(config: SoftREPAConfig, text_embeddings: Tensor | None) -> Te
             f"text_embeddings must have shape (S, {config.token_dim}), but have {tuple(text_embeddings.shape)}; "
             "give them as the blocks read them, behind the denoiser's own text projection"
         )
-    rows = torch.arange(config.num_tokens) % text_embeddings.shape[0]
+    rows = torch.arange(config.num_tokens, device="cpu") % text_embeddings.shape[0]
     return text_embeddings.detach().float().cpu()[rows]  # (K, D)

@@ -7,16 +7,16 @@ dev) is told g instead and called under the prompt alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapter import adapters_of
 from ..conditioning import Conditioner, Conditions, concatenate, conditioner_of, take
+from ..pipeline import softrepa_disabled
 from .request import texts
 
 
@@ -49,7 +49,7 @@ class Guided:
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Returns the guided prediction for noisy latents (n, C, h, w) at one timestep: (n, C, h, w) float32."""
         branches = self._branches
-        with nullcontext() if self.adapted else adapters_off(self.conditioner.denoiser):
+        with nullcontext() if self.adapted else softrepa_disabled(self.conditioner.denoiser):
             predicted = self.conditioner.predict(
                 latents.repeat(branches, 1, 1, 1), timestep.expand(branches * len(latents)), self.conditions
             )
@@ -120,20 +120,6 @@ def negative_texts(conditioner: Conditioner, negative_prompt: Any) -> list[str] 
             "negative_prompt out"
         )
     return texts("negative_prompt", negative_prompt)
-
-
-@contextmanager
-def adapters_off(denoiser: nn.Module) -> Iterator[None]:
-    """Runs the base model for a while."""
-    adapters = adapters_of(denoiser)
-    if adapters is None or not adapters.enabled:
-        yield
-        return
-    adapters.set_enabled(False)
-    try:
-        yield
-    finally:
-        adapters.set_enabled(True)
 
 
 def _rows(conditions: Conditions, batch: int) -> Conditions:

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..files import UnreadableJSON, read_json, whole_file, write_whole
+from ..pipeline import softrepa_parameters
 from ..quoting import one_line, quoted
 from .prompts import Prompt
-from .settings import Setting, loaded_adapters
+from .settings import Setting
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -211,11 +212,9 @@ def _weights_digest(module: nn.Module) -> str:
 
 
 def _setting_facts(pipe: Any, setting: Setting) -> dict[str, Any]:
-    adapters = loaded_adapters(pipe)
     facts = {}
     for name, weight in setting.weights.items():
-        assert adapters is not None  # checked when the settings were made
-        tensors = adapters[name].tokens.state_dict()
+        tensors = softrepa_parameters(pipe, name)  # of all its denoisers
         facts[name] = {"weight": weight, "tokens": _digest(torch.cat([one.flatten() for one in tensors.values()]))}
     return facts
 

@@ -1,14 +1,14 @@
 """The settings that are compared: the base model, adapters at their weights; and the pipeline left as found."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..adapter import Adapters, adapters_of
-from ..pipeline import denoiser_of
+from ..denoisers import takes_soft_tokens
+from ..pipeline import enable_softrepa, get_softrepa_adapters, set_softrepa, softrepa_left_as_found
 
 AdapterSetting = str | Mapping[str, float] | None
 
@@ -39,11 +39,12 @@ def settings_of(pipe: Any, adapters: Sequence[AdapterSetting]) -> list[Setting]:
     if len(set(labels)) != len(labels):
         raise ValueError(f"each setting must come once, but they are {labels}")
     asked = {name for setting in settings for name in setting.weights}
-    loaded = loaded_adapters(pipe)
-    missing = sorted(asked - set(loaded.names if loaded is not None else ()))
+    loaded = _loaded(pipe)
+    missing = sorted(asked - set(loaded))
     if missing:
-        names = loaded.names if loaded is not None else "none"
-        raise ValueError(f"no soft-token adapter is named {missing}; loaded are {names}: load_softrepa it first")
+        raise ValueError(
+            f"no soft-token adapter is named {missing}; loaded are {loaded or 'none'}: load_softrepa it first"
+        )
     return settings
 
 
@@ -56,28 +57,21 @@ def _setting(given: AdapterSetting) -> Setting:
     return Setting(label or "base", {name: float(weight) for name, weight in given.items()})
 
 
-def loaded_adapters(pipe: Any) -> Adapters | None:
-    """Returns the adapters of a pipeline; None without any, also of a pipeline that can have none."""
-    try:
-        return adapters_of(denoiser_of(pipe))
-    except ValueError:
-        return None
+def _loaded(pipe: Any) -> list[str]:
+    """Returns the names of the adapters of a pipeline; none also of a pipeline that can have none."""
+    return list(get_softrepa_adapters(pipe)) if takes_soft_tokens(pipe) else []
 
 
 def use(pipe: Any, setting: Setting) -> None:
-    """Makes a setting the pipeline's."""
-    adapters = loaded_adapters(pipe)
-    if adapters is None:
-        return
-    adapters.activate(list(setting.weights), list(setting.weights.values()))
-    adapters.set_enabled(True)
+    """Makes a setting the pipeline's, on all of its denoisers."""
+    if _loaded(pipe):
+        set_softrepa(pipe, list(setting.weights), list(setting.weights.values()))
+        enable_softrepa(pipe)
 
 
 @contextmanager
 def left_as_found(pipe: Any) -> Iterator[None]:
     """Lets a pipeline be used for sampling, in eval mode without progress bars; puts everything back afterwards."""
-    adapters = loaded_adapters(pipe)
-    state = (adapters.weights, adapters.enabled) if adapters is not None else None
     modules = [module for part in pipe.components.values() if isinstance(part, nn.Module) for module in part.modules()]
     modes = [module.training for module in modules]
     progress = getattr(pipe, "_progress_bar_config", {})
@@ -85,11 +79,9 @@ def left_as_found(pipe: Any) -> Iterator[None]:
         for module in modules:
             module.training = False
         pipe.set_progress_bar_config(disable=True)
-        yield
+        with softrepa_left_as_found(pipe) if takes_soft_tokens(pipe) else nullcontext():
+            yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
         pipe.set_progress_bar_config(**progress)
-        if adapters is not None and state is not None:
-            adapters.activate(list(state[0]), list(state[0].values()))
-            adapters.set_enabled(state[1])

@@ -50,8 +50,12 @@ class Draws:
 def draw_noise(draws: Draws, shape: Sequence[int], *, share: bool) -> Tensor:
     """Returns standard normal noise for latents of `shape` (b, ...), one for all rows if `share`, on the CPU."""
     if share:
-        return torch.randn(1, *shape[1:], generator=draws.shared.generator(0)).expand(*shape)
-    return torch.stack([torch.randn(*shape[1:], generator=draws.generator(row)) for row in range(shape[0])])
+        return _normal(1, *shape[1:], generator=draws.shared.generator(0)).expand(*shape)
+    return torch.stack([_normal(*shape[1:], generator=draws.generator(row)) for row in range(shape[0])])
+
+
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")  # whatever the defaults are
 
 
 def draw_timesteps(draws: Draws, count: int, args: ContrastiveFlowMatchingArguments) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from ..adapter import adapters_of
 from ..conditioning import Conditioner
 from ..config import SoftREPAConfig
+from ..denoisers import check_passes_gradients
 from ..pipeline import add_softrepa, denoiser_of, set_softrepa
 from .arguments import ContrastiveFlowMatchingArguments
 from .images import Framing
@@ -49,6 +50,7 @@ def choose_adapter(
         ValueError: The adapter is there already and has another number of banks, or a config is given for it.
     """
     denoiser = denoiser_of(pipeline)
+    check_passes_gradients(denoiser)
     present = adapters_of(denoiser)
     active = [] if present is None else list(present.weights)
     if name is None and config is None and present is not None and len(active) == 1:
