@@ -73,7 +73,7 @@ class Drawn:
             elif kind == 2:
                 data[place:place] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 20)))
             elif kind == 3:
-                data[0:8] = draw.choice([0, 1, 7, len(data), len(data) - 8, 10**8, 2**63, 2**64 - 1]).to_bytes(
+                data[0:8] = draw.choice([0, 1, 7, len(data), max(0, len(data) - 8), 10**8, 2**63, 2**64 - 1]).to_bytes(
                     8, "little"
                 )
             else:
