@@ -218,6 +218,7 @@ def generation(given: argparse.Namespace, recipe: Recipe, pipe: Any, metrics: Se
         output_dir=Path(given.out) / "generation",
         seeds=given.seeds,
         batch_size=given.batch_size,
+        allow_truncation=True,  # as in the paper, whose captions are cut where the model stops reading
         num_inference_steps=given.steps or recipe.steps,
         guidance_scale=recipe.guidance,
         height=size,

@@ -40,6 +40,7 @@ class EvaluateOptions:
     guidance: float | None = option("Guidance scale; the pipeline's own unless given.")
     size: int | None = option("Side of the square images in pixels; the pipeline's own unless given.")
     max_sequence_length: int | None = option("Text tokens per prompt for T5; the pipeline's own unless given.")
+    allow_truncation: bool = option("Draw prompts that are longer than the pipeline reads.", False)
     dry_run: bool = option("Print what would be drawn, and stop.", False)
 
 
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
         seeds=given.seeds,
         batch_size=given.batch_size,
         references=given.references,
+        allow_truncation=given.allow_truncation,
         **{name: value for name, value in call.items() if value is not None},
     )
     if processes().is_main_process:

@@ -1,13 +1,14 @@
 """The pictures of an evaluation on disk: which there are to be, which are there, and what they were drawn with.
 
     output_dir/manifest.json                    what they were drawn with, and a line for each picture
-    output_dir/images/SETTING/PROMPT-SEED.png   a picture; whole or not there at all
+    output_dir/images/SETTING/PROMPT-SEED.png   a picture; whole or not there at all, with what it was drawn with
 
 A picture's noise comes from `generator_seed(prompt id, seed)`: the same in every setting, another for each prompt.
 """
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..files import UnreadableJSON, read_json, whole_file, write_whole
+from ..files import UnreadableJSON, read_json, write_whole
 from ..pipeline import softrepa_parameters
 from ..quoting import one_line, quoted
 from .prompts import Prompt
+from .provenance import CutImage, facts_of, save_with_facts
 from .settings import Setting
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
@@ -58,6 +62,7 @@ class Gallery:
     ) -> None:
         self.folder = Path(output_dir)
         self.settings, self.prompts, self.seeds = settings, prompts, seeds
+        self._drawn_with: dict[str, Any] = {}
 
     @property
     def pictures(self) -> list[Picture]:
@@ -83,26 +88,32 @@ class Gallery:
         return generator_seed(self.prompts[picture.prompt].id, self.seeds[picture.seed])
 
     def save(self, picture: Picture, image: Image.Image) -> None:
-        """Saves a picture, whole or not at all."""
+        """Saves a picture, whole or not at all, with what it was drawn with; `describe` says that."""
         path = self.path(picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            image.save(file, format="PNG")
+        save_with_facts(image, path, self._facts(picture))
 
     def open(self, picture: Picture) -> Image.Image:
         """Returns a picture in RGB."""
         with Image.open(self.path(picture)) as file:
             return file.convert("RGB")
 
-    def settle(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
-        """Writes down what the pictures are drawn with. Settings, prompts and seeds may come to those of earlier runs.
+    def describe(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        """Takes note of what the pictures are drawn with."""
+        self._drawn_with = self._manifest(pipe, arguments)
+
+    def settle(self) -> None:
+        """Writes down what the pictures are drawn with, once `describe` has taken note of it.
+
+        Settings, prompts and seeds may come to those of earlier runs. A picture that was cut is removed, to be drawn
+        again.
 
         Raises:
-            ValueError: Pictures that are there were drawn with something else.
+            ValueError: Pictures that are there were drawn with something else, or are not as they were drawn.
         """
         path = self.folder / MANIFEST_NAME
         old = _read_manifest(path) if path.is_file() else None
-        new = self._manifest(pipe, arguments)
+        new = dict(self._drawn_with)
         if old is not None:
             changed = _changes(old, new)
             if changed:
@@ -114,8 +125,53 @@ class Gallery:
             new["prompts"] = old["prompts"] | new["prompts"]
             files = {entry["file"] for entry in new["pictures"]}
             new["pictures"] = [entry for entry in old["pictures"] if entry["file"] not in files] + new["pictures"]
+        for cut in self._cut_pictures():
+            logger.warning("%s is no whole image, and is drawn again", cut)
+            cut.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(new, indent=1) + "\n")
+
+    def _facts(self, picture: Picture) -> dict[str, Any]:
+        """Returns what one picture is drawn with, as its file keeps it."""
+        setting, prompt = self.settings[picture.setting], self.prompts[picture.prompt]
+        return {
+            "pipeline": self._drawn_with["pipeline"],
+            "arguments": self._drawn_with["arguments"],
+            "settings": {setting.label: self._drawn_with["settings"][setting.label]},
+            "prompts": {prompt.id: prompt.text},
+            "seed": self.seeds[picture.seed],
+            "generator_seed": self.generator_seed(picture),
+        }
+
+    def _cut_pictures(self) -> list[Path]:
+        """Returns the files that are no whole image, once all others have told that they are what they should be.
+
+        Raises:
+            ValueError: One was drawn with something else, was changed since, or belongs somewhere else.
+        """
+        cut = []
+        for picture in self.pictures:
+            path = self.path(picture)
+            if not path.is_file():
+                continue
+            try:
+                old = facts_of(path)
+            except CutImage:
+                cut.append(path)
+                continue
+            new = self._facts(picture)
+            if not isinstance(old, dict) or old.keys() != new.keys():
+                raise ValueError(
+                    f"{path} is not as evaluate drew it: it was changed, replaced, or drawn by something else; delete "
+                    "it to have it drawn again"
+                )
+            changed = _changes(old, new) or [f"{name} of {path.name}" for name in new if old[name] != new[name]]
+            if changed:
+                raise ValueError(
+                    f"{path} was drawn with something else: {'; '.join(changed)}; give another output_dir, or delete "
+                    "it to have it drawn again"
+                )
+        return cut
 
     def _manifest(self, pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..quoting import quoted
+
 TEXT_COLUMNS = ("prompt", "Prompt", "text", "caption")
 CATEGORY_COLUMNS = ("tag", "Category", "category")
 
@@ -79,10 +81,31 @@ def load_prompts(
     prompts = prompts[:limit]
     if not prompts:
         raise ValueError(f"there are no prompts in {source!r:.80}; give a source with at least one")
+    for prompt in prompts:
+        _check(prompt)
     ids = {prompt.id for prompt in prompts}
     if len(ids) != len(prompts):
         raise ValueError(f"each prompt needs an id of its own, but {len(prompts)} prompts have {len(ids)} ids")
+    if len({name.casefold() for name in ids}) != len(ids):
+        twice = next(name for name in sorted(ids) if sum(name.casefold() == each.casefold() for each in ids) > 1)
+        raise ValueError(f"ids must differ in more than case, as some disks do not tell {twice!r} from another one")
     return prompts
+
+
+def _check(prompt: Prompt) -> None:
+    """Raises if a prompt is not what files, tables and pipelines can hold."""
+    words = {"id": prompt.id, "text": prompt.text, "category": prompt.category}
+    for name, value in words.items():
+        if not isinstance(value, str) and not (name == "category" and value is None):
+            raise ValueError(f"the {name} of a prompt must be a string, but is {quoted(value)} in {quoted(prompt)}")
+        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" or sign == "\0" for sign in value):
+            raise ValueError(
+                f"the {name} of a prompt must be text, but {quoted(value)} holds half a character or a zero"
+            )
+    if not prompt.id.strip():
+        raise ValueError(f"each prompt needs an id, but that of {quoted(prompt.text)} is empty")
+    if prompt.category is not None and not prompt.category.strip():
+        raise ValueError(f"a category must have a name, but that of prompt {prompt.id!r} is empty; None is for none")
 
 
 def _coco(path: Path, images: Path | None, captions_per_image: int) -> list[Prompt]:
@@ -153,6 +176,28 @@ def _prompt(row: Any, number: int, where: str, column: str | None, category_colu
         wanted = column or f"one of {', '.join(TEXT_COLUMNS)}"
         raise ValueError(f"prompts are in column {wanted}, but number {number} of {where} has only {sorted(row)}")
     names = CATEGORY_COLUMNS if category_column is None else (category_column,)
-    category = next((str(row[name]) for name in names if row.get(name) is not None), None)
+    given = next((row[name] for name in names if not _is_nothing(row.get(name))), None)
+    category = None if given is None else _word(given, "category", number, where)
     metadata = {name: value for name, value in row.items() if name not in (text, "id")}
-    return Prompt(str(row.get("id", f"{number:05d}")), str(row[text]).strip(), category, metadata)
+    words = row[text]
+    if not isinstance(words, str) or not words.strip():
+        raise ValueError(f"a prompt must be a text, but number {number} of {where} has {quoted(words)} in {text}")
+    own = row.get("id")
+    name = f"{number:05d}" if own is None else _word(own, "id", number, where)
+    return Prompt(name, words.strip(), category, metadata)
+
+
+def _word(value: Any, what: str, number: int, where: str) -> str:
+    """Returns an id or a category as a string; whole numbers are written out."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(
+        f"the {what} must be a string or a whole number, but number {number} of {where} has {quoted(value)}"
+    )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell of a table is empty."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from .gallery import Gallery, Picture
+from .lengths import check_lengths
 from .metrics import Metric, as_metrics
 from .pictures import grid, plot
 from .prompts import load_prompts
@@ -37,6 +38,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     batch_size: int = 1,
     references: str | Path | Sequence[Any] | None = None,
+    allow_truncation: bool = False,
     **arguments: Any,
 ) -> EvaluationResult:
     """Draws every prompt in every setting, each picture once, and scores the pictures.
@@ -56,6 +58,7 @@ def evaluate(
         seeds: A picture is drawn for each, from the same noise in every setting.
         batch_size: Pictures drawn at once; it does not change them, as each has its own generator.
         references: Reference pictures of the metrics that are given by name and need them: a folder, or a sequence.
+        allow_truncation: Whether prompts may be longer than the pipeline reads; the rest of them is not drawn.
         arguments: What the pipeline is called with (num_inference_steps, guidance_scale, height, ...).
 
     Returns:
@@ -70,9 +73,14 @@ def evaluate(
     _check(seeds, batch_size, arguments)
     settings, chosen = settings_of(pipe, adapters), as_metrics(metrics, references)
     gallery = Gallery(output_dir, settings, load_prompts(prompts), list(seeds))
+    for metric in chosen:
+        metric.check(gallery.prompts)
+    if not allow_truncation:
+        check_lengths(pipe, gallery.prompts, arguments)
+    gallery.describe(pipe, arguments)
     state = processes()
     if state.is_main_process:
-        gallery.settle(pipe, arguments)
+        gallery.settle()
     state.wait_for_everyone()
     missing = gallery.missing()
     state.wait_for_everyone()  # every process has seen the same pictures missing
@@ -96,8 +104,12 @@ def _check(seeds: Sequence[int], batch_size: int, arguments: Mapping[str, Any]) 
     own = [name for name in _OWN_ARGUMENTS if name in arguments]
     if own:
         raise ValueError(f"evaluate gives the pipeline {', '.join(own)} itself; leave it out")
-    if isinstance(seeds, int) or not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be a list of different numbers such as [0, 1, 2], but is {seeds!r}")
+    whole = not isinstance(seeds, int) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(
+            f"seeds must be a list of different numbers such as [0, 1, 2], but is {seeds!r}; each is a whole "
+            "number of at least 0"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
 

@@ -70,13 +70,12 @@ class GenEval(ImageMetric):
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
         return torch.tensor([float(self._correct(*pair)) for pair in zip(images, prompts, strict=True)])
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            _task(prompt)
+
     def _correct(self, image: Image.Image, prompt: Prompt) -> bool:
-        task = prompt.metadata
-        if "include" not in task:
-            raise ValueError(
-                f"GenEval scores its own task set, but prompt {prompt.id!r} has no 'include'; load its "
-                "evaluation_metadata.jsonl with load_prompts"
-            )
+        task = _task(prompt)
         asked = {need["class"] for need in [*task["include"], *task.get("exclude", [])]}
         unknown = sorted(asked - self.detector.labels)
         if unknown:
@@ -99,6 +98,15 @@ class GenEval(ImageMetric):
         texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
         features = normalize(encoder.texts(texts).float(), dim=-1).unflatten(0, (len(COLORS), len(TEMPLATES)))
         return normalize(features.mean(1), dim=-1)
+
+
+def _task(prompt: Prompt) -> Mapping[str, Any]:
+    if "include" not in prompt.metadata:
+        raise ValueError(
+            f"GenEval scores its own task set, but prompt {prompt.id!r} has no 'include'; load its "
+            "evaluation_metadata.jsonl with load_prompts"
+        )
+    return prompt.metadata
 
 
 def surest(found: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:

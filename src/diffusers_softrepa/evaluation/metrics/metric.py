@@ -38,6 +38,17 @@ class Metric(ABC):  # noqa: B024  (what is abstract differs between its two kind
             ImportError: A package is not installed.
         """
 
+    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027  (most can score any prompt)
+        """Raises if it cannot score pictures of these prompts; asked before anything is drawn.
+
+        Args:
+            prompts: All prompts of the evaluation.
+
+        Raises:
+            ValueError: A prompt lacks something that the metric compares with.
+            OSError: A file that a prompt names is not there.
+        """
+
     def close(self) -> None:  # noqa: B027
         """Lets go of what `setup` loaded."""
 

@@ -1,6 +1,8 @@
 """Metrics that are scored by their authors' own packages, where those are installed: `LPIPS`, `ImageReward`."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -39,19 +41,20 @@ class LPIPS(ImageMetric):
     def close(self) -> None:
         self._model = None
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            image = _other_image(prompt)
+            if isinstance(image, str | os.PathLike) and not Path(image).is_file():
+                raise FileNotFoundError(
+                    f"LPIPS compares with {image}, the image of prompt {prompt.id!r}; it is not there"
+                )
+
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
         return torch.stack([self._distance(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
 
     def _distance(self, image: Image.Image, prompt: Prompt) -> Tensor:
-        if "image" not in prompt.metadata:
-            raise ValueError(
-                f"LPIPS compares with a picture of each prompt, but prompt {prompt.id!r} has no metadata 'image'; "
-                "for COCO give load_prompts the folder of its images"
-            )
         size = image.size if self.side is None else (self.side, self.side)
-        pair = [
-            _signed(one.resize(size, Image.Resampling.BICUBIC)) for one in (image, opened(prompt.metadata["image"]))
-        ]
+        pair = [_signed(one.resize(size, Image.Resampling.BICUBIC)) for one in (image, opened(_other_image(prompt)))]
         return self._model(*(one.to(self._device) for one in pair)).flatten()[0].float().cpu()
 
 
@@ -79,6 +82,15 @@ class ImageReward(ImageMetric):
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
         pairs = zip(images, prompts, strict=True)
         return torch.tensor([float(self._loaded.score(prompt.text, image)) for image, prompt in pairs])
+
+
+def _other_image(prompt: Prompt) -> Any:
+    if "image" not in prompt.metadata:
+        raise ValueError(
+            f"LPIPS compares with a picture of each prompt, but prompt {prompt.id!r} has no metadata 'image'; "
+            "for COCO give load_prompts the folder of its images"
+        )
+    return prompt.metadata["image"]
 
 
 def _signed(image: Image.Image) -> Tensor:

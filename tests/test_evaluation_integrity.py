@@ -1,0 +1,200 @@
+"""An evaluation does not mislead: images know what they were drawn with, and what is asked for is checked first."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from diffusers_softrepa.evaluation import LPIPS, GenEval, Prompt, load_prompts
+from diffusers_softrepa.evaluation.lengths import check_lengths
+from diffusers_softrepa.evaluation.provenance import CutImage, facts_of, save_with_facts
+from evaluation_runs import PROMPTS, Counted, pipeline, run
+
+SHORT: dict[str, Any] = {"adapters": [None, "a"], "seeds": [0], "metrics": [], "prompts": PROMPTS[:2]}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "out"
+    run(folder, pipe=Counted(pipeline(), folder.with_name("log.txt")), **SHORT)
+    return folder
+
+
+@pytest.fixture
+def copy(drawn: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn, tmp_path / "out"))
+
+
+def again(folder: Path, log: Path, **more: Any) -> list[str]:
+    """Evaluates once more and returns what was drawn for it."""
+    run(folder, pipe=Counted(more.pop("pipe", None) or pipeline(), log), **SHORT | more)
+    return log.read_text().splitlines() if log.is_file() else []
+
+
+# What an image keeps.
+
+
+def test_what_was_saved_is_read_back_from_the_file_alone(tmp_path: Path):
+    image = Image.effect_noise((7, 5), 90).convert("RGB")
+    save_with_facts(image, tmp_path / "a.png", {"steps": 3, "text": "жанр 🎨"})
+    shutil.move(tmp_path / "a.png", tmp_path / "elsewhere.png")
+    assert facts_of(tmp_path / "elsewhere.png") == {"steps": 3, "text": "жанр 🎨"}
+    with Image.open(tmp_path / "elsewhere.png") as file:
+        assert np.array_equal(np.asarray(file), np.asarray(image))
+
+
+def test_an_image_that_is_cut_at_any_byte_is_no_whole_image(tmp_path: Path):
+    path = tmp_path / "a.png"
+    save_with_facts(Image.effect_noise((16, 16), 90).convert("RGB"), path, {})
+    whole = path.read_bytes()
+    for length in (0, 1, 8, 40, len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CutImage, match="is no whole image"):
+            facts_of(path)
+
+
+def test_an_image_that_was_changed_or_drawn_elsewhere_has_no_facts(tmp_path: Path):
+    path = tmp_path / "a.png"
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+    save_with_facts(image, path, {"steps": 3})
+    with Image.open(path) as file:
+        kept = file.info["softrepa"]
+        other = file.copy()
+    other.putpixel((3, 3), (1, 2, 3))
+    from PIL import PngImagePlugin
+
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("softrepa", kept)
+    other.save(path, pnginfo=chunks)
+    assert facts_of(path) is None
+    image.save(path)
+    assert facts_of(path) is None
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("softrepa", "{not json")
+    image.save(path, pnginfo=chunks)
+    assert facts_of(path) is None
+
+
+# Going on.
+
+
+def test_without_a_manifest_images_are_still_not_mixed_with_others(copy: Path, tmp_path: Path):
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="drawn with something else: num_inference_steps was 2, is 3"):
+        again(copy, tmp_path / "log.txt", num_inference_steps=3)
+    other = pipeline()
+    next(iter(other.softrepa_parameters("a").values())).data += 1
+    with pytest.raises(ValueError, match="drawn with something else: setting 'a' was"):
+        again(copy, tmp_path / "log.txt", pipe=other)
+    with pytest.raises(ValueError, match="prompt '0' was 'a red cat', is 'a blue cat'"):
+        again(copy, tmp_path / "log.txt", prompts=[Prompt("0", "a blue cat")])
+    assert not (copy / "manifest.json").exists()
+    assert again(copy, tmp_path / "log.txt") == []
+    assert len(json.loads((copy / "manifest.json").read_text())["pictures"]) == 4
+
+
+def test_a_cut_image_is_drawn_again_and_is_the_same(
+    copy: Path, drawn: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    cut = copy / "images" / "a" / "1-0.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    assert len(again(copy, tmp_path / "log.txt")) == 1
+    assert cut.read_bytes() == (drawn / "images" / "a" / "1-0.png").read_bytes()
+    assert f"{cut} is no whole image, and is drawn again" in caplog.messages
+
+
+@pytest.mark.parametrize("how", ["another prompt's", "another setting's", "somebody else's"])
+def test_an_image_in_the_place_of_another_one_is_seen_and_nothing_is_drawn(copy: Path, tmp_path: Path, how: str):
+    place = copy / "images" / "a" / "1-0.png"
+    if how == "another prompt's":
+        shutil.copy(copy / "images" / "a" / "0-0.png", place)
+    elif how == "another setting's":
+        shutil.copy(copy / "images" / "base" / "1-0.png", place)
+    else:
+        Image.new("RGB", (16, 16)).save(place)
+    (copy / "images" / "base" / "0-0.png").unlink()
+    with pytest.raises(ValueError, match=r"1-0\.png (was drawn with something else|is not as evaluate drew it)"):
+        again(copy, tmp_path / "log.txt")
+    assert not (tmp_path / "log.txt").exists()
+
+
+# What is asked for.
+
+
+@pytest.mark.parametrize("seeds", [[0, 1.5], ["0"], [True, 0], [-1], [0, 0], None])
+def test_a_seed_is_a_whole_number_from_0(tmp_path: Path, seeds: Any):
+    with pytest.raises((ValueError, TypeError)):
+        run(tmp_path / "out", **SHORT | {"seeds": seeds})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "id": 1.5}], "the id must be a string or a whole number, but number 0 of the list has 1.5"),
+        ([{"prompt": "a", "id": ["x"]}], "the id must be a string"),
+        ([{"prompt": "a", "id": True}], "the id must be a string"),
+        ([{"prompt": "a", "id": " "}], "each prompt needs an id"),
+        ([{"prompt": "a", "category": {"x": 1}}], "the category must be a string or a whole number"),
+        ([{"prompt": ["a"]}], "a prompt must be a text, but number 0 of the list has"),
+        ([{"prompt": "  "}], "a prompt must be a text"),
+        ([Prompt("x", 3)], "the text of a prompt must be a string, but is 3"),  # type: ignore[arg-type]
+        ([Prompt(3, "x")], "the id of a prompt must be a string"),  # type: ignore[arg-type]
+        ([Prompt("x", "y", 3)], "the category of a prompt must be a string"),  # type: ignore[arg-type]
+        ([Prompt("x", "y", "")], "a category must have a name"),
+        ([Prompt("x", "half \ud83d")], "holds half a character"),
+        ([Prompt("x\0", "y")], "holds half a character or a zero"),
+        ([Prompt("Cat", "y"), Prompt("cat", "z")], "ids must differ in more than case"),
+    ],
+)
+def test_what_cannot_be_an_id_a_category_or_a_text_is_refused(rows: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_prompts(rows)
+
+
+def test_empty_cells_are_no_category():
+    rows = [{"prompt": "a", "category": value} for value in (None, float("nan"), "", " ")]
+    assert [prompt.category for prompt in load_prompts(rows)] == [None] * 4
+
+
+def test_a_prompt_that_no_encoder_reads_to_its_end_is_refused_before_anything_is_drawn(tmp_path: Path):
+    long = [Prompt("ok", "a cat"), Prompt("long", "a cat and a dog and a bird and a cow")]
+    with pytest.raises(
+        ValueError, match=r"prompt 'long' has 28 tokens of tokenizer, but .* reads 24: .*allow_truncation"
+    ):
+        run(tmp_path / "out", **SHORT | {"prompts": long}, pipe=pipeline())
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "out", **SHORT | {"prompts": long, "adapters": [None]}, allow_truncation=True)
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 2
+
+
+def test_one_encoder_that_reads_a_prompt_to_its_end_is_enough():
+    pipe = tiny.sd3_pipeline()
+    pipe.tokenizer_3.model_max_length = 512
+    long = [Prompt("long", "a cat and a dog and a bird and a cow")]
+    check_lengths(pipe, long, {"max_sequence_length": 64})
+    with pytest.raises(ValueError, match="prompt 'long' has"):
+        check_lengths(pipe, long, {"max_sequence_length": 24})
+
+
+def test_metrics_say_what_prompts_lack_before_anything_is_drawn(tmp_path: Path):
+    missing = [Prompt("0", "a cat", metadata={"image": str(tmp_path / "nowhere.jpg")})]
+    for metric, prompts, message in (
+        (LPIPS(), PROMPTS, "prompt '0' has no metadata 'image'"),
+        (LPIPS(), missing, "nowhere.jpg, the image of prompt '0'; it is not there"),
+        (GenEval(), PROMPTS, "prompt '0' has no 'include'"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(tmp_path / "out", **SHORT | {"prompts": prompts, "metrics": [metric]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_whose_tokenizer_names_no_limit_takes_any_prompt():
+    pipe = tiny.sd15_pipeline()
+    pipe.tokenizer.model_max_length = 10**30
+    check_lengths(pipe, [Prompt("0", "a cat " * 100)], {})
