@@ -32,7 +32,7 @@ from diffusers_softrepa.families import family_of, text_blocks
 from diffusers_softrepa.pipeline import denoiser_of
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
 from diffusers_softrepa.training.checkpoints import Checkpoints
-from diffusers_softrepa.training.sources import load_rows
+from diffusers_softrepa.training.data.dataset import load_rows
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_softrepa.training import cache as cache_module
-from diffusers_softrepa.training.cache import CacheTooLarge, TensorCache, estimate, fill, model_fingerprint
+from diffusers_softrepa.training.data import cache as cache_module
+from diffusers_softrepa.training.data.cache import CacheTooLarge, TensorCache, estimate, fill, model_fingerprint
 
 NAMES = [f"a caption, number {number}" for number in range(10)]
 

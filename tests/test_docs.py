@@ -84,7 +84,7 @@ def test_the_command_lines_of_the_training_guide_are_understood(
 def test_every_setting_and_file_that_the_training_guide_names_exists():
     text = (DOCS / "training.md").read_text(encoding="utf-8")
     from diffusers_softrepa.training import report
-    from diffusers_softrepa.training.journal import LOG_NAME
+    from diffusers_softrepa.training.log import LOG_NAME
 
     for name in (report.CURVES_NAME, report.PICTURES_NAME, report.SETTINGS_NAME, LOG_NAME):
         assert f"`{name}`" in text

@@ -14,7 +14,7 @@ from diffusers_softrepa.checkpoint import save_checkpoint
 from diffusers_softrepa.config import SoftREPAConfig
 from diffusers_softrepa.tokens import SoftTokens
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.report import Data, data_name, draw_curves, write_report
+from diffusers_softrepa.training.card import Data, data_name, draw_curves, write_report
 from diffusers_softrepa.training.validation import pictures_of_grid, side_by_side_grid
 
 pytest_plugins = ["hub_server"]
@@ -161,7 +161,7 @@ def trainer_of(folder: Path, **settings: Any) -> ContrastiveFlowMatchingTrainer:
         resolution=16,
         max_steps=2,
         logging_steps=1,
-        validation_steps=1,
+        eval_steps=1,
         validation_prompts=["a cat"],
         num_validation_inference_steps=1,
         report_to="none",
@@ -195,7 +195,7 @@ def test_training_ends_with_a_report_that_is_pushed(hub: Any, tmp_path: Path):
 
 def test_a_second_push_keeps_what_was_written_on_the_hub(hub: Any, tmp_path: Path):
     token = hub.add_user("alice")
-    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="alice/mine", hub_private=True)
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="alice/mine", hub_private_repo=True)
     trainer.train()
     assert hub.repos["alice/mine"].private
     written = hub.files("alice/mine")["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1) + b"\nBy hand.\n"

@@ -25,10 +25,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "train_batch_size", "pair_chunk_size", "gradient_checkpointing",
     "cache_text", "cache_dir", "max_cache_gigabytes", "dataloader_num_workers", "max_broken", "logging_steps",
-    "report_to", "validation_prompts", "validation_steps", "validation_seed", "num_validation_inference_steps",
-    "validation_guidance_scale", "num_evaluation_batches", "save_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private", "hub_license",
-    "dry_run",
+    "report_to", "validation_prompts", "eval_steps", "validation_seed", "num_validation_inference_steps",
+    "validation_guidance_scale", "num_evaluation_batches", "metric_for_best_model", "greater_is_better",
+    "save_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_license", "dry_run",
 ))
 # fmt: on
 

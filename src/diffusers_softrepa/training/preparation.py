@@ -12,7 +12,7 @@ from ..conditioning import Conditioner
 from ..config import SoftREPAConfig
 from ..pipeline import add_softrepa, denoiser_of, set_softrepa
 from .arguments import ContrastiveFlowMatchingArguments
-from .images import Framing
+from .data.image import Framing
 
 
 def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditioner) -> Framing:

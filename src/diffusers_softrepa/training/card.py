@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from huggingface_hub import EvalResult
 from matplotlib.axes import Axes
@@ -18,15 +18,16 @@ from PIL import Image
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
 from ..config import SoftREPAConfig
-from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
+from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
 from .arguments import ContrastiveFlowMatchingArguments
-from .journal import LOG_NAME, read_log
-from .validation import pictures_of_grid, save_picture
+from .callbacks import TrainerCallback, TrainerState
+from .log import LOG_NAME, read_log
+from .preparation import halve_vae
+from .validation import VALIDATION_FOLDER, pictures_of_grid, save_picture
 
 SETTINGS_NAME = "training_args.json"
 CURVES_NAME = "curves.png"
 PICTURES_NAME = "validation.png"
-VALIDATION_FOLDER = "validation"
 GALLERY_FOLDER = "pictures"
 
 _ESSENTIAL = ("objective", "train_batch_size", "learning_rate", "resolution", "mixed_precision", "seed")
@@ -39,7 +40,7 @@ _PRIVATE = {  # paths of this machine, and what is nobody's concern once trainin
     "dry_run",
     "push_to_hub",
     "hub_model_id",
-    "hub_private",
+    "hub_private_repo",
     "hub_token",
     "hub_license",
     "report_to",
@@ -63,6 +64,29 @@ class Data:
     train_images: int | None = None
     train_name: str | None = None
     eval_name: str | None = None
+
+
+@final
+class ReportCallback(TrainerCallback):
+    """Ends a finished run: the adapter, the model card and, where the settings want it, the push to the Hub."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Asks the Hub for the login before hours are spent on what could not be pushed."""
+        if args.push_to_hub and state.is_world_process_zero:
+            check_login(args.hub_token)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        trainer = given["trainer"]
+        if not trainer.finished:
+            return
+        halve_vae(trainer.pipeline)
+        if trainer.average is not None:
+            trainer.average.settle()
+        if state.is_world_process_zero:
+            trainer.save_model()
+            trainer.write_report()
+            if args.push_to_hub:
+                trainer.push_to_hub()
 
 
 def data_name(dataset: Any) -> str | None:
@@ -111,7 +135,7 @@ def push_report(args: ContrastiveFlowMatchingArguments) -> str:
         folder,
         args.hub_model_id or folder.resolve().name,
         [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
-        private=args.hub_private,
+        private=args.hub_private_repo,
         token=args.hub_token,
     )
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..conditioning.conditions import Conditions, take
-from ..objectives import Objective, PairRegression
-from ..pairs import is_positive, pair_errors, subsample_negatives
+from ...conditioning.conditions import Conditions, take
+from ...objectives import Objective, PairRegression
+from ...pairs import is_positive, pair_errors, subsample_negatives
 
 AUTOMATIC_CHUNK = 16
 
