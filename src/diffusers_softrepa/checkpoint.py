@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .card import model_card, refreshed
 from .config import SoftREPAConfig
+from .files import write_whole
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -87,8 +88,8 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     metadata = {"format": "pt", METADATA_KEY: text, "modelspec.architecture": f"{config.family}/softrepa"}
-    _write_whole(directory / weight_name, _with_sorted_header(save(kept, metadata=metadata)))
-    _write_whole(directory / CONFIG_NAME, f"{text}\n".encode())
+    write_whole(directory / weight_name, _with_sorted_header(save(kept, metadata=metadata)))
+    write_whole(directory / CONFIG_NAME, f"{text}\n".encode())
     unusual = None if weight_name == WEIGHTS_NAME else weight_name
     card = model_card(config, UNKNOWN_REPO, weight_name=unusual, license=license)
     write_card(directory, str(card))
@@ -102,7 +103,7 @@ def write_card(directory: Path, fresh: str) -> None:
     text = fresh if existing is None else refreshed(existing.decode(errors="surrogateescape"), fresh)
     content = text.encode(errors="surrogateescape")
     if content != existing:
-        _write_whole(path, content)
+        write_whole(path, content)
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], config: SoftREPAConfig, where: str) -> dict[str, Tensor]:
@@ -215,13 +216,3 @@ def _with_sorted_header(content: bytes) -> bytes:
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[end:]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears complete or not at all, readable for whom the folder's owner allows."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

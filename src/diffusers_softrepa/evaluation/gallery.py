@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..files import read_json, whole_file, write_whole
 from .prompts import Prompt
 from .settings import Setting, loaded_adapters
 
@@ -83,9 +84,8 @@ class Gallery:
         """Saves a picture, whole or not at all."""
         path = self.path(picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            image.save(file, format="PNG")
 
     def open(self, picture: Picture) -> Image.Image:
         """Returns a picture in RGB."""
@@ -99,7 +99,7 @@ class Gallery:
             ValueError: Pictures that are there were drawn with something else.
         """
         path = self.folder / MANIFEST_NAME
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        old = read_json(path) if path.is_file() else None
         new = self._manifest(pipe, arguments)
         if old is not None:
             changed = _changes(old, new)
@@ -113,9 +113,7 @@ class Gallery:
             files = {entry["file"] for entry in new["pictures"]}
             new["pictures"] = [entry for entry in old["pictures"] if entry["file"] not in files] + new["pictures"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(new, indent=1) + "\n")
 
     def _manifest(self, pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {
