@@ -30,6 +30,8 @@ import torch
 from transformers import TrainerCallback, TrainerState
 from transformers import TrainerControl as _TrainerControl
 
+from ..files import write_whole
+
 __all__ = ["Callbacks", "FlowCallback", "StopCallback", "TrainerCallback", "TrainerControl", "TrainerState"]
 
 logger = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ class NonfiniteCallback(TrainerCallback):
         ]
         found = {"step": step, "loss": str(loss), "gradient_norm": str(gradient_norm), "batch": entries}
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_whole(report, json.dumps(found, indent=2))
         logger.warning(
             "step %d is skipped: its loss is %s, the norm of its gradient %s; its batch is in %s",
             *(step, loss, gradient_norm, report),

@@ -18,6 +18,7 @@ from PIL import Image
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
 from ..config import SoftREPAConfig
+from ..files import read_json, write_whole
 from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
 from .arguments import ContrastiveFlowMatchingArguments
 from .callbacks import TrainerCallback, TrainerState
@@ -110,7 +111,7 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
     """
     folder = Path(args.output_dir)
     log = read_log(folder / LOG_NAME)
-    (folder / SETTINGS_NAME).write_text(json.dumps(args.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / SETTINGS_NAME, json.dumps(args.to_dict(), indent=2) + "\n")
     shown = []
     if any("loss" in entry for entry in log):
         draw_curves(log, num_captions=num_captions).savefig(folder / CURVES_NAME, dpi=110)
@@ -119,7 +120,7 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
     if pictures:
         shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
         shown += [PICTURES_NAME, *_write_gallery(folder, len(args.validation_prompts))]
-    config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+    config = SoftREPAConfig.from_dict(read_json(folder / CONFIG_NAME))
     write_card(folder, _card(args, config, data, log, shown, steps=steps, num_captions=num_captions))
     return shown
 

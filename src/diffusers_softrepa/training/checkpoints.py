@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import save_checkpoint
 from ..config import SoftREPAConfig
+from ..files import move_into_place, whole_file
 
 STATE_NAME = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -57,13 +58,11 @@ class Checkpoints:
             shutil.rmtree(remains, ignore_errors=True)
         try:
             save_checkpoint(partial, config, tensors)
-            with (partial / STATE_NAME).open("wb") as file:
+            with whole_file(partial / STATE_NAME) as file:
                 torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
             if final.exists():
                 self._remove(final)
-            os.replace(partial, final)
+            move_into_place(partial, final)
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             last = self.latest()

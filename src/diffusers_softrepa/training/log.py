@@ -1,8 +1,8 @@
 """What a run writes down: a line of JSON for each entry, the same to the trackers that are on, and a progress bar."""
 
 import json
+import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, final
@@ -12,18 +12,29 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import UnreadableJSON, read_json_lines, write_whole
 from .callbacks import TrainerCallback, TrainerState
+
+logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
 _SHOWN = ("loss", "top1", "pairs_per_second")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Returns the entries of a log, oldest first; none where there is no log."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may have left half a line
+    """Returns the entries of a log, oldest first; none where there is no log.
+
+    A killed run may have left half a line. What is damaged otherwise is left out, from there on, with a warning.
+    """
+    entries: list[dict[str, float]] = []
+    try:
+        for number, entry in read_json_lines(path, torn_end=True) if path.exists() else ():
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise UnreadableJSON(f"line {number} of {path} is no entry of a log")
+            entries.append(entry)
+    except UnreadableJSON as error:
+        logger.warning("%s; its entries from there on are left out", error)
+    return entries
 
 
 def show(accelerator: Accelerator, step: int, name: str, picture: Image.Image) -> None:
@@ -51,9 +62,7 @@ class LogCallback(TrainerCallback):
         if state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             state.log_history = [entry for entry in read_log(path) if step and entry["step"] <= step]
-            partial = path.with_name(f".{LOG_NAME}.partial")
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
         if self._accelerator.log_with:
             plain = {k: v if isinstance(v, int | float) else str(v) for k, v in args.to_dict().items()}
             self._accelerator.init_trackers("softrepa", config=plain)

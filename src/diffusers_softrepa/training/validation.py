@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from ..evaluation.metrics import ImageMetric, as_metrics
 from ..evaluation.metrics.metric import named_scores
 from ..evaluation.prompts import load_prompts
+from ..files import whole_file
 from ..pipeline import denoiser_of, disable_softrepa, enable_softrepa
 from .callbacks import TrainerCallback, TrainerState
 from .log import show
@@ -156,4 +157,5 @@ def pictures_of_grid(grid: Image.Image, rows: int) -> list[tuple[Image.Image, Im
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Saves a picture, with its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with whole_file(path) as file:
+        picture.save(file, format="PNG")

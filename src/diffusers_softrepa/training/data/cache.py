@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,6 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from ...files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,9 @@ class TensorCache:
         return self.folder / digest[:2] / f"{digest[:32]}.safetensors"
 
     def _write(self, path: Path, content: bytes) -> None:
-        partial = path.with_name(f"{uuid.uuid4().hex}.partial")
         try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            write_whole(path, content, durable=False)  # what a power cut damages counts as missing
         except OSError as error:
-            partial.unlink(missing_ok=True)
             if error.errno != errno.ENOSPC:
                 raise
             raise OSError(
