@@ -83,10 +83,10 @@ def test_the_command_lines_of_the_training_guide_are_understood(
 
 def test_every_setting_and_file_that_the_training_guide_names_exists():
     text = (DOCS / "training.md").read_text(encoding="utf-8")
-    from diffusers_softrepa.training import report
+    from diffusers_softrepa.training import card
     from diffusers_softrepa.training.log import LOG_NAME
 
-    for name in (report.CURVES_NAME, report.PICTURES_NAME, report.SETTINGS_NAME, LOG_NAME):
+    for name in (card.CURVES_NAME, card.PICTURES_NAME, card.SETTINGS_NAME, LOG_NAME):
         assert f"`{name}`" in text
     settings = set(training.ContrastiveFlowMatchingArguments.__dataclass_fields__)
     assigned = set(re.findall(r"`(\w+)=", text)) - {"objective"}

@@ -352,8 +352,8 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
     if where == "state":
         monkeypatch.setattr(torch, "save", full)
     else:
-        write = checkpoint_room._write_whole
-        monkeypatch.setattr(checkpoint_room, "_write_whole", lambda *args: (full(), write(*args))[1])
+        write = checkpoint_room.write_whole
+        monkeypatch.setattr(checkpoint_room, "write_whole", lambda *args: (full(), write(*args))[1])
     with pytest.raises(OSError, match=r"checkpoint of step 4 could not be written .* space left .* from checkpoint-2"):
         run.train()
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..adapter import Adapter, adapters_of
-from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint import save_checkpoint
 from ..conditioning import conditioner_of
 from ..config import SoftREPAConfig
 from ..pipeline import denoiser_of
 from .arguments import ContrastiveFlowMatchingArguments
 from .callbacks import Callbacks, FlowCallback, NonfiniteCallback, StopCallback, TrainerControl, TrainerState
 from .card import Data, ReportCallback, data_name, push_report, write_report
-from .checkpoints import Checkpoints, load_state
+from .checkpoints import Checkpoint, Checkpoints
 from .data.cache import TensorCache
 from .data.dataset import Example, Examples, open_examples
 from .data.encode import Encoder
@@ -463,17 +463,18 @@ class ContrastiveFlowMatchingTrainer:
     def _resume(self, given: str | None) -> None:
         """Goes back to the checkpoint that was named, if any."""
         wanted, step = given or self.args.resume_from_checkpoint, self.state.global_step
-        checkpoint = None if wanted is None or step else self.checkpoints.find(wanted)
+        checkpoint = None if wanted is None or step else self.checkpoints.read(wanted)
         if checkpoint is not None:
             self._go_to(checkpoint)
         elif wanted is not None and not step:
             logger.info("%s has no checkpoint yet: training starts from the beginning", self.args.output_dir)
         self.checkpoints.check_none_after(self.state.global_step)
 
-    def _go_to(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint, self.args.to_dict())
+    def _go_to(self, checkpoint: Checkpoint) -> None:
+        checkpoint.check_settings(self.args.to_dict())
+        state = checkpoint.state
         self.loader.load_state_dict(state["data"])
-        self._adapters.swap(self.adapter_name, *load_checkpoint(checkpoint))
+        self._adapters.swap(self.adapter_name, checkpoint.config, checkpoint.tensors)
         self.state.global_step, self.state.best_metric = state["step"], state["best"]
         self._nonfinite.in_a_row, self.engine.loss_scale = state["nonfinite_steps"], state["loss_scale"]
         self._recent.load_state_dict(state["recent"])
@@ -481,4 +482,4 @@ class ContrastiveFlowMatchingTrainer:
         self.lr_scheduler.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.values = [value.to(self.accelerator.device) for value in state["average"]]
-        logger.info("resumed from %s", checkpoint)
+        logger.info("resumed from %s", checkpoint.path)
