@@ -2,6 +2,7 @@
 
 from .arguments import ContrastiveFlowMatchingArguments
 from .callbacks import TrainerCallback, TrainerControl, TrainerState
+from .preflight import check_run
 from .trainer import ContrastiveFlowMatchingTrainer, TrainingResult
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "TrainerControl",
     "TrainerState",
     "TrainingResult",
+    "check_run",
 ]

@@ -9,15 +9,17 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, get_args
+from types import MappingProxyType, UnionType
+from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from ..noising import TimestepDensity
 from ..objectives import AGSM, Contrastive, Denoising, Logits, Objective, SoftRank
+from ..quoting import quoted
 
 ObjectiveName = Literal["softrepa", "agsm", "soft_rank", "denoising"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
@@ -79,7 +81,8 @@ class ContrastiveFlowMatchingArguments:
             contrast).
         logits: Of softrepa: exponential as published, or linear (InfoNCE).
         temperature: Temperature of the objective, in units of the errors (soft_rank: of their spread). None for its
-            own default.
+            own default, 0.07 for softrepa; where exponential logits would vanish at that, None chooses linear logits
+            and a temperature by the errors of the first batches.
         logit_scale: Scale S of softrepa's exponential logits.
         denoising_weight: Weight W of softrepa's denoising term. None for the published one: 0 for flow matching, 10
             otherwise.
@@ -97,7 +100,8 @@ class ContrastiveFlowMatchingArguments:
         cache_dir: Folder of the caches; output_dir/cache unless given.
         max_cache_gigabytes: Caches that would be larger are refused before they are started.
         train_batch_size: Images in a batch of one process; their captions are each other's negatives.
-        gradient_accumulation_steps: Batches whose gradients are averaged for one step.
+        gradient_accumulation_steps: Batches whose gradients are averaged for one step; 1 leaves it to accelerate's own
+            settings.
         num_train_epochs: Passes over the data, unless max_steps is given.
         max_steps: Optimizer steps of the whole run.
         pair_chunk_size: Pairs that run at once; 16 unless given, halved when memory runs out.
@@ -120,7 +124,8 @@ class ContrastiveFlowMatchingArguments:
         max_timestep: Timesteps from here on are not trained.
         share_timestep: One timestep for the whole batch, as published.
         share_noise: One noise for the whole batch, as published.
-        mixed_precision: Precision of the frozen models; tokens stay float32.
+        mixed_precision: Precision of the frozen models, tokens stay float32: that of `accelerate launch` or its config
+            file unless given, no without either.
         gradient_checkpointing: Run the denoiser's blocks again in the backward pass to save memory.
         max_sequence_length: Text tokens per caption, where the family leaves a choice; the published number unless
             given.
@@ -203,7 +208,7 @@ class ContrastiveFlowMatchingArguments:
     share_timestep: bool = False
     share_noise: bool = False
 
-    mixed_precision: MixedPrecision = "no"
+    mixed_precision: MixedPrecision | None = None
     gradient_checkpointing: bool = False
     max_sequence_length: int | None = None
 
@@ -231,22 +236,31 @@ class ContrastiveFlowMatchingArguments:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for name, options in (
-            ("objective", ObjectiveName),
-            ("logits", Logits),
-            ("timestep_density", TimestepDensity),
-            ("mixed_precision", MixedPrecision),
-        ):
-            if getattr(self, name) not in get_args(options):
-                raise ValueError(f"{name} must be one of {get_args(options)}, but is {getattr(self, name)!r}")
-        for name in _COUNTS:
+        for name in ("report_to", "validation_prompts"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value or [])
+        if isinstance(self.report_to, list):
+            self.report_to = [name for name in self.report_to if name != "none"]
+        self.optim_args = json.dumps(_named_values(self.optim_args))
+        for name in ("output_dir", "cache_dir", "resume_from_checkpoint"):
+            if isinstance(value := getattr(self, name), str | os.PathLike):
+                setattr(self, name, os.path.expanduser(value))
+        for name in _COUNTS.split():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
-        for name in ("learning_rate", "logit_std", "timestep_shift", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, but is {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, but is {quoted(value)}")
+        self._check_types()
+        for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
+            value, positive = getattr(self, name), name in _POSITIVE.split()
+            if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+                raise ValueError(
+                    f"{name} must be {'a positive number' if positive else '0 or more'}, but is {value!r}"
+                )
+        if not self.output_dir:
+            raise ValueError("output_dir must name a folder, but is empty")
+        if max(self.seed, self.validation_seed) >= 2**63:
+            raise ValueError(f"seeds must be below 2**63, but are {self.seed} and {self.validation_seed}")
+        self._follow_accelerate()
         if not 0 <= self.min_timestep < self.max_timestep <= 1000:
             raise ValueError(
                 "timesteps must satisfy 0 <= min_timestep < max_timestep <= 1000, but are "
@@ -254,9 +268,6 @@ class ContrastiveFlowMatchingArguments:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, but is {self.ema_decay!r}")
-        self.optim_args = json.dumps(_named_values(self.optim_args))
-        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        self.report_to = [name for name in trackers if name != "none"]
         if self.objective == "agsm" and self.ema_decay is None:
             self.ema_decay = 0.99
         needed = self.make_objective("flow").min_negatives
@@ -265,6 +276,44 @@ class ContrastiveFlowMatchingArguments:
                 f"{self.objective} needs at least {needed} negatives for each image, but train_batch_size is "
                 f"{self.train_batch_size}; raise it, or name a negative_caption_column"
             )
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is ClassVar:
+                continue
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            if not any(_is_of(getattr(self, name), kind) for kind in kinds):
+                options = [option for kind in kinds if get_origin(kind) is Literal for option in get_args(kind)]
+                names = [str(getattr(kind, "__name__", kind)) for kind in kinds if kind is not type(None)]
+                wanted = f"one of {tuple(options)}" if options else f"of type {' or '.join(names)}"
+                raise ValueError(f"{name} must be {wanted}, but is {quoted(getattr(self, name))}")
+
+    def _follow_accelerate(self) -> None:
+        """Takes over what `accelerate launch` and its config file say, which come as environment variables."""
+        said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.mixed_precision is None and said not in get_args(MixedPrecision):
+            raise ValueError(
+                f"accelerate asks for mixed_precision={said!r}, but {get_args(MixedPrecision)} are known here"
+            )
+        if said not in ("no", self.mixed_precision or said):
+            raise ValueError(
+                f"mixed_precision={self.mixed_precision!r} contradicts accelerate, which was told {said!r}; leave one "
+                "of them out"
+            )
+        self.mixed_precision = self.mixed_precision or cast(MixedPrecision, said)
+        steps = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+        if steps > 1 and self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts accelerate, which was "
+                f"told {steps}; leave one of them out"
+            )
+        self.gradient_accumulation_steps = max(steps, self.gradient_accumulation_steps)
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+                raise ValueError(
+                    f"accelerate was told to use {name}, which shards models in training, but here the models are "
+                    "frozen and only the tokens train; choose plain multi-GPU training in `accelerate config`"
+                )
 
     def make_objective(self, prediction: str) -> Objective:
         """Returns the objective that these settings describe.
@@ -290,6 +339,17 @@ class ContrastiveFlowMatchingArguments:
         return {name: value for name, value in asdict(self).items() if name != "hub_token"}
 
 
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; whole numbers are numbers, truth values are not."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 def _named_values(given: Any) -> dict[str, Any]:
     """Returns arguments given as a dict, as a JSON object, or as in `betas=(0.9, 0.99),eps=1e-6`.
 
@@ -310,22 +370,9 @@ def _named_values(given: Any) -> dict[str, Any]:
     return found
 
 
-_COUNTS = (
-    "resolution",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "pair_chunk_size",
-    "num_backward_negatives",
-    "lr_restart_period",
-    "lr_update_steps",
-    "logging_steps",
-    "eval_steps",
-    "num_validation_inference_steps",
-    "num_evaluation_batches",
-    "save_steps",
-    "checkpoints_total_limit",
-    "max_nonfinite_steps",
-    "max_sequence_length",
-)
+_COUNTS = """resolution train_batch_size gradient_accumulation_steps num_train_epochs max_steps pair_chunk_size
+num_backward_negatives lr_restart_period lr_update_steps logging_steps eval_steps num_validation_inference_steps
+num_evaluation_batches save_steps checkpoints_total_limit max_nonfinite_steps max_sequence_length"""
+_POSITIVE = "learning_rate logit_std timestep_shift temperature logit_scale max_grad_norm max_cache_gigabytes"
+_AT_LEAST_ZERO = """denoising_weight max_broken lr_floor lr_warmup_steps dataloader_num_workers seed validation_seed
+validation_guidance_scale"""

@@ -12,14 +12,15 @@ Every event is called with `(args, state, control, **given)`. `state` is a `Trai
 - `on_exception`: `error`, which ends the run; only callbacks that define it are called
 
 The trainer's own habits are callbacks too, called before the user's: the schedule of logs, evaluations and checkpoints
-(`FlowCallback`), stopping (`StopCallback`), steps that are not finite (`NonfiniteCallback`), and in the rooms of what
-they do `log.LogCallback`, `log.ProgressCallback`, `validation.ValidationCallback`, `card.ReportCallback`.
+(`FlowCallback`), stopping (`StopCallback`, `RescueCallback`), steps that are not finite (`NonfiniteCallback`), and in
+the rooms of what they do `LogCallback`, `ProgressCallback`, `ValidationCallback` and `ReportCallback`.
 """
 
 import json
 import logging
 import math
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,25 +87,33 @@ class FlowCallback(TrainerCallback):
 
 @final
 class StopCallback(TrainerCallback):
-    """Lets the step in progress end when the run is asked to stop by SIGTERM; only the main thread can listen.
+    """Lets the step in progress end, and be saved, when the run is asked to stop by SIGTERM, SIGINT or SIGHUP.
+
+    A second SIGINT stops at once. What the program was told to ignore (`nohup`) stays ignored; only the main thread
+    can listen.
 
     Attributes:
         asked: Whether this process was asked.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._interrupted = False
         self._former: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.asked = False
-        try:
-            self._former = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._note)}
-        except ValueError:  # not the main thread
-            self._former = {}
+        self.asked = self._interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._former[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        accelerator = given["trainer"].accelerator
+        self.heed(control, given["trainer"].accelerator)
+
+    def heed(self, control: Any, accelerator: Any) -> None:
+        """Stops the run, to go on another time, if any process was asked."""
         asked = torch.tensor([int(self.asked)], device=accelerator.device)
         if accelerator.gather(asked).any() and not control.should_training_stop:
             control.should_training_stop = control.should_pause = True
@@ -116,8 +125,27 @@ class StopCallback(TrainerCallback):
 
     on_exception = on_train_end
 
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        self.asked = True
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self.asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
+
+
+@final
+class RescueCallback(TrainerCallback):
+    """Saves the last whole step when an error ends the run; a second SIGINT is none, and loses what was not saved."""
+
+    def on_exception(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        trainer, error = given["trainer"], given["error"]
+        if not isinstance(error, Exception) or not state.is_world_process_zero:
+            return
+        try:
+            saved = trainer.save_last_step()
+        except Exception as further:  # a full disk, say; the first error is the one to tell
+            logger.warning("the last step could not be saved either: %s", further)
+            return
+        if saved is not None:
+            logger.warning("the run ended in an error; step %d is saved in %s", state.global_step, saved)
 
 
 @final

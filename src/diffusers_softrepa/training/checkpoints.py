@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "training_state.pt"
 MANIFEST_NAME = "manifest.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
-_STATE = frozenset(["settings", "step", "best", "nonfinite_steps", "recent", "loss_scale", "optimizer", "schedule", "average", "data"])
+_STATE = frozenset(
+    ["settings", "step", "best", "nonfinite_steps", "recent", "loss_scale", "optimizer", "schedule", "average", "data"]
+)
 # All others decide how training goes, or where the data stands, which the loader checks.
 # fmt: off
 _MAY_CHANGE = frozenset((
@@ -157,9 +159,9 @@ class Checkpoints:
         free = shutil.disk_usage(there).free
         if num_bytes * count > free:
             raise OSError(
-                f"{count} checkpoints of about {num_bytes / 1e6:.1f} MB do not fit on the disk of {self._folder}, which "
-                f"has {free / 1e6:.1f} MB free; make room, set a smaller checkpoints_total_limit or a larger save_steps, "
-                "or choose another output_dir"
+                f"{count} checkpoints of about {num_bytes / 1e6:.1f} MB do not fit on the disk of {self._folder}, "
+                f"which has {free / 1e6:.1f} MB free; make room, set a smaller checkpoints_total_limit or a larger "
+                "save_steps, or choose another output_dir"
             )
 
     @contextmanager

@@ -1,6 +1,5 @@
 """Figures of a run: how well matched captions are told from the others, over steps and noise levels."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -8,14 +7,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..objectives import Contrastive
 from ..pairs import mean_by_noise_level, pair_diagnostics
-from .callbacks import TrainerCallback, TrainerState
 from .step.engine import PairBatch
 
-logger = logging.getLogger(__name__)
-
-_SATURATED = 12.0  # exp(-12) is 6e-6
 NOISE_LEVEL_EDGES = (250.0, 500.0, 750.0)
 
 
@@ -58,27 +52,29 @@ def joined_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]).float().cpu() for name in rows[0]}
 
 
-@final
-class SaturationCallback(TrainerCallback):
-    """Says so if the matched errors of the first batch are so large that exponential logits give no gradient."""
+def standard_errors(rows: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns `top1_stderr` and so on, the standard errors of means over images, of figures as `joined_rows`."""
+    return {f"{name}_stderr": mean_and_error(values)[1] for name, values in rows.items() if name != "timestep"}
 
-    def __init__(self) -> None:
-        self._told = False
 
-    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        objective = given["trainer"].objective
-        first = state.global_step == 0 and isinstance(objective, Contrastive) and objective.logits == "exponential"
-        if not first or self._told:
-            return
-        least = given["outcome"].errors.gather(1, given["pairs"].positive[:, None]).min().item()
-        if least > _SATURATED * objective.temperature:
-            self._told = True
-            logger.warning(
-                "matched errors are at least %.2g, %.0f times the temperature %.2g: exponential logits are nearly 0 "
-                "there and contrast teaches nothing; set logits='linear', or a temperature of about a fifth of the "
-                "errors",
-                *(least, least / objective.temperature, objective.temperature),
-            )
+def gains(rows: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns `top1_gain`, `top1_gain_stderr` and so on: mean differences of the same images, and their errors.
+
+    Args:
+        rows: Figures (n,) as `joined_rows` returns them.
+        base: Those to compare with, of the same images with the same noise.
+    """
+    found = {}
+    for name in rows.keys() & base.keys() - {"timestep"}:
+        if rows[name].shape == base[name].shape:
+            found[f"{name}_gain"], found[f"{name}_gain_stderr"] = mean_and_error(rows[name] - base[name])
+    return dict(sorted(found.items()))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Returns mean and standard error of values (n,), NaNs left out; NaN where too few are left."""
+    known = values[~values.isnan()].double()
+    return known.mean().item(), known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
 
 
 @final

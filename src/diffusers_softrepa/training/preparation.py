@@ -84,7 +84,7 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
         part.requires_grad_(False).eval()
     if pipeline.hf_device_map is None and not any(hasattr(part, "_hf_hook") for part in _models(pipeline).values()):
         pipeline.to(device)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision or "no")
     if half is not None:
         _cast(denoiser, half)
         for name, part in _models(pipeline).items():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,43 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from ..adapter import Adapter, adapters_of
 from ..checkpoint import save_checkpoint
 from ..conditioning import conditioner_of
 from ..config import SoftREPAConfig
+from ..objectives import Contrastive, Objective
 from ..pipeline import denoiser_of
 from .arguments import ContrastiveFlowMatchingArguments
-from .callbacks import Callbacks, FlowCallback, NonfiniteCallback, StopCallback, TrainerControl, TrainerState
-from .card import Data, ReportCallback, data_name, push_report, write_report
+from .calibration import (
+    CALIBRATION_BATCHES,
+    Measured,
+    check_negatives,
+    is_saturated,
+    saturation_warning,
+    unsaturated,
+)
+from .callbacks import (
+    Callbacks,
+    FlowCallback,
+    NonfiniteCallback,
+    RescueCallback,
+    StopCallback,
+    TrainerControl,
+    TrainerState,
+)
+from .card import Data, ReportCallback, claim_repository, data_name, gain_text, push_report, write_report
 from .checkpoints import Checkpoint, Checkpoints
 from .data.cache import TensorCache
-from .data.dataset import Example, Examples, open_examples
+from .data.dataset import Example, Examples
 from .data.encode import Encoder
 from .data.loader import PairLoader
 from .estimate import Estimate, estimate_run
 from .log import LogCallback, ProgressCallback
-from .metrics import Recent, SaturationCallback, joined_rows, summary, tell_apart
+from .metrics import Recent, gains, joined_rows, standard_errors, summary, tell_apart
 from .optimization import MovingAverage, Schedule, make_optimizer
+from .preflight import check_settings, open_checked, open_data
 from .preparation import choose_adapter, make_framing, prepared
 from .step.collate import NEGATIVES, Draws, PairCollator, spread_timesteps
 from .step.engine import PairEngine
@@ -45,6 +65,7 @@ from .validation import ValidationCallback
 logger = logging.getLogger(__name__)
 
 _FP16_LOSS_SCALE = 2.0**14
+_NO_GRADIENT = 1e-8  # of one number: what Adam adds to the size of the gradient that it divides by
 
 ComputeMetrics = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
@@ -68,7 +89,8 @@ class ContrastiveFlowMatchingTrainer:
     """Trains the soft tokens of a pipeline by contrast; everything else of the pipeline stays frozen.
 
     Attributes:
-        state: Where the run is; callbacks get it, with what they may use.
+        state: Where the run is; callbacks get it.
+        warnings: What was said of the run; the model card tells it too.
         parameters: The tokens in training.
         loader: The training batches.
         engine: Runs the pairs.
@@ -112,16 +134,17 @@ class ContrastiveFlowMatchingTrainer:
         optimizers: tuple[Optimizer | None, Any] = (None, None),
     ) -> None:
         self.pipeline, self.args, self.compute_metrics = pipeline, args, compute_metrics
+        check_settings(args)
         validation = ValidationCallback(validation_metrics)
         self.accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
         self.conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
         if args.gradient_checkpointing:
             self.conditioner.check_checkpointing()
-        self.objective = args.make_objective(self.conditioner.noising.prediction)
+        self.objective = self._given_objective = args.make_objective(self.conditioner.noising.prediction)
         self.framing = make_framing(args, self.conditioner)
-        self.train_examples = self._open(train_dataset)
+        self.train_examples = open_checked(args, train_dataset)
         self._data = Data(self.train_examples.count, data_name(train_dataset), data_name(eval_dataset))
-        self.eval_examples = None if eval_dataset is None else self._open(eval_dataset)
+        self.eval_examples = None if eval_dataset is None else open_data(args, eval_dataset)
         if self.eval_examples is not None:
             self._make_loader(self.eval_examples, shuffle=False)  # too few of them show now, not after hours
         self.encoder = Encoder(args, self.conditioner, self.framing, self.accelerator.device)
@@ -162,11 +185,17 @@ class ContrastiveFlowMatchingTrainer:
         self.control = TrainerControl()
         self._recent, self._nonfinite, self._began = Recent(), NonfiniteCallback(), 0.0
         self._last: dict[str, float] = {}
+        self._evaluated: dict[str, Tensor] | None = None
+        self._base_rows: dict[str, Tensor] | None = None
+        self._position: dict[str, int] = {}
+        self._whole, self._saved_step = True, 0
+        self.warnings: list[str] = []
         self._logged: dict[str, float] = {}
         self._batches_per_epoch = None if self.train_examples.count is None else len(self.loader)
         self._first_row = self.accelerator.process_index * args.train_batch_size
-        own = (ReportCallback(), LogCallback(self.accelerator), ProgressCallback(), FlowCallback(), StopCallback())
-        self.callbacks = Callbacks([*own, self._nonfinite, SaturationCallback(), validation, *callbacks])
+        self._stop = StopCallback()
+        own = (LogCallback(self.accelerator), ProgressCallback(), FlowCallback(), self._stop, RescueCallback())
+        self.callbacks = Callbacks([*own, self._nonfinite, validation, ReportCallback(), *callbacks])
         self._given = {
             "trainer": self,
             "model": self.conditioner.denoiser,
@@ -179,6 +208,10 @@ class ContrastiveFlowMatchingTrainer:
     def adapter(self) -> Adapter:
         """The adapter in training."""
         return self._adapters[self.adapter_name]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.train_examples.fingerprint()
 
     @property
     def finished(self) -> bool:
@@ -202,24 +235,21 @@ class ContrastiveFlowMatchingTrainer:
         if self.args.dry_run:
             self.accelerator.print(self.estimate())
             return TrainingResult(0, False, {})
-        self._resume("latest" if resume_from_checkpoint is True else resume_from_checkpoint or None)
-        self.control = TrainerControl()
-        try:
-            self._event("on_train_begin")
-            with prepared(self.pipeline, self.args, self.accelerator.device):
-                self.encoder.fill(self.train_examples, self.accelerator)
-                self._follow_control()
-                for batches in self._steps():
-                    self._event("on_step_begin")
-                    self._train_step(batches)
-                    self._event("on_step_end")
-                    self._follow_control()
-                    if self.control.should_training_stop:
-                        break
-            self._event("on_train_end")
-        except BaseException as error:
-            self._event("on_exception", error=error)
-            raise
+        main = self.accelerator.is_main_process
+        if self.args.push_to_hub and main:
+            claim_repository(self.args)
+        with self.checkpoints.locked() if main else nullcontext():
+            self._resume("latest" if resume_from_checkpoint is True else resume_from_checkpoint or None)
+            self._check_disk()
+            self.control = TrainerControl()
+            try:
+                self._event("on_train_begin")
+                with prepared(self.pipeline, self.args, self.accelerator.device):
+                    self._run()
+                self._event("on_train_end")
+            except BaseException as error:
+                self._event("on_exception", error=error)
+                raise
         return TrainingResult(self.state.global_step, self.finished, self._logged)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
@@ -240,12 +270,14 @@ class ContrastiveFlowMatchingTrainer:
                 timestep = spread_timesteps(number, self._first_row, len(batch), total)
                 pairs = self.data_collator(batch, Draws(self.args.validation_seed, number, self._first_row), timestep)
                 rows.append(self._gathered(tell_apart(self.engine.errors(pairs), pairs)))
-        further = self.compute_metrics(joined_rows(rows)) if self.compute_metrics else {}
-        return summary(rows) | dict(further)
+        joined = joined_rows(rows)
+        self._evaluated = joined if eval_dataset is None else None
+        further = self.compute_metrics(joined) if self.compute_metrics else {}
+        return summary(rows) | standard_errors(joined) | dict(further)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Returns the batches of held-out images, in their stored order; arguments and errors as `evaluate`."""
-        examples = self.eval_examples if eval_dataset is None else self._open(eval_dataset)
+        examples = self.eval_examples if eval_dataset is None else open_data(self.args, eval_dataset)
         if examples is None:
             raise ValueError("evaluate needs an eval_dataset; give the trainer one")
         return self._make_loader(examples, shuffle=False)
@@ -271,7 +303,14 @@ class ContrastiveFlowMatchingTrainer:
     def write_report(self) -> None:
         """Writes settings, curves, pictures and the model card beside the adapter that `save_model` wrote."""
         captions = self.args.train_batch_size * self.accelerator.num_processes
-        write_report(self.args, self._data, steps=self.state.global_step, num_captions=captions)
+        write_report(
+            self.args,
+            self._data,
+            steps=self.state.global_step,
+            num_captions=captions,
+            objective=None if self.objective == self._given_objective else self.objective,
+            warnings=self.warnings,
+        )
 
     def push_to_hub(self) -> str:
         """Pushes the adapter in `output_dir` with its card, curves and pictures; returns the URL of the commit.
@@ -301,15 +340,39 @@ class ContrastiveFlowMatchingTrainer:
         """Puts the moving average in the tokens' place while it lasts, if there is one."""
         return nullcontext() if self.average is None else self.average.in_place()
 
-    # Set-up.
+    def warn(self, text: str) -> None:
+        """Warns of something about the run; it is said again at its end, and in the model card."""
+        self.warnings.append(text)
+        with tqdm.external_write_mode():  # not in the line of the progress bar
+            logger.warning("%s", text)
 
-    def _open(self, dataset: Any) -> Examples:
-        return open_examples(
-            dataset,
-            image_column=self.args.image_column,
-            caption_column=self.args.caption_column,
-            negative_caption_column=self.args.negative_caption_column,
-        )
+    def sum_up(self) -> None:
+        """Says at the end of a run what was measured of it, and once more what was warned of."""
+        norms = [entry["gradient_norm"] for entry in self.state.log_history if "gradient_norm" in entry]
+        count = sum(parameter.numel() for parameter in self.parameters)
+        if norms and max(norms) < _NO_GRADIENT * math.sqrt(count):
+            self.warnings.append(
+                f"the gradient's norm was {max(norms):.1g} at most, over {count:,} numbers: the tokens learned nothing;"
+                " look at the temperature and at the captions"
+            )
+        held_out = [entry for entry in self.state.log_history if "held_out/top1" in entry]
+        for text in [*self.warnings, *(gain_text(held_out[-1]) if held_out else ())]:
+            logger.warning("%s", text) if text in self.warnings else logger.info("%s", text)
+
+    def save_last_step(self) -> Path | None:
+        """Saves the run as it was after the last whole step.
+
+        Returns:
+            The checkpoint; None if it is there already, or the run has no whole step.
+        """
+        if not self._whole or self.state.global_step in (0, self._saved_step):
+            return None
+        tokens = dict(self.adapter.tokens.state_dict())
+        saved = self.checkpoints.save(self.state.global_step, self.adapter.config, tokens, self._state_dict())
+        self._saved_step = self.state.global_step
+        return saved
+
+    # Set-up.
 
     def _make_loader(
         self, examples: Examples, *, shuffle: bool = True, latents: TensorCache | None = None
@@ -330,8 +393,6 @@ class ContrastiveFlowMatchingTrainer:
     def _count_steps(self) -> int:
         if self.args.max_steps is not None:
             return self.args.max_steps
-        if self.train_examples.count is None:
-            raise ValueError("a stream does not tell its length; give max_steps instead of num_train_epochs")
         return max(1, len(self.loader) * self.args.num_train_epochs // self.args.gradient_accumulation_steps)
 
     def _place_tokens(self) -> None:
@@ -342,7 +403,56 @@ class ContrastiveFlowMatchingTrainer:
         if self.average is not None and self.state.global_step == 0:
             self.average = MovingAverage(self.parameters, self.args.ema_decay or 0.0)
 
+    def _check_disk(self) -> None:
+        """Refuses a run whose checkpoints would not fit: adapter, average and the two states of Adam, as a rule."""
+        left = self.state.max_steps - self.state.global_step
+        copies = 3 + (self.average is not None)
+        each = copies * sum(parameter.nbytes for parameter in self.parameters) + 2**15
+        self.checkpoints.check_room(each, -(-left // self.args.save_steps))
+
+    def _calibrate(self) -> None:
+        """Measures the first batches, and chooses an objective that teaches where the published one does not."""
+        position, measured = self.loader.state_dict(), []
+        batches = iter(self.loader)
+        for number, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
+            pairs = self.data_collator(batch, Draws(self.args.seed, number, self._first_row))
+            errors = self.engine.errors(pairs)
+            rows = Measured.of(errors, pairs.positive, pairs.candidates)
+            measured.append(Measured(**self._gathered(vars(rows))))
+        batches.close()  # type: ignore[attr-defined]
+        self.loader.load_state_dict(position)
+        found = Measured.joined(measured)
+        check_negatives(self.objective, found)
+        if not isinstance(self.objective, Contrastive) or not is_saturated(self.objective, found):
+            return
+        if self.args.temperature is not None:
+            self.warn(saturation_warning(self.objective, found))
+            return
+        chosen, text = unsaturated(self.objective, found)
+        self.warn(text)
+        self._choose(chosen)
+
+    def _choose(self, objective: Objective) -> None:
+        self.objective = self.engine.objective = objective
+
     # The loop.
+
+    def _run(self) -> None:
+        """Fills the caches and takes the steps that are left, or as many as there are until it is asked to stop."""
+        self.encoder.fill(self.train_examples, self.accelerator, stop=lambda: self._stop.asked)
+        self._stop.heed(self.control, self.accelerator)
+        if self.control.should_training_stop:
+            return
+        if self.state.global_step == 0:
+            self._calibrate()
+        self._follow_control()
+        for batches in self._steps():
+            self._event("on_step_begin")
+            self._train_step(batches)
+            self._event("on_step_end")
+            self._follow_control()
+            if self.control.should_training_stop:
+                return
 
     def _event(self, name: str, **given: Any) -> None:
         self.control = self.callbacks.call(name, self.args, self.state, self.control, **self._given, **given)
@@ -359,18 +469,25 @@ class ContrastiveFlowMatchingTrainer:
             self._judge()
         if self.control.should_save or self.control.should_training_stop:
             self.control.should_save = False
-            self._save_checkpoint()
+            if self.accelerator.is_main_process:
+                self.save_last_step()
+            self.accelerator.wait_for_everyone()
             self._event("on_save")
 
     def _judge(self) -> None:
         """Evaluates held-out images, if there are some, and keeps the adapter if it is the best so far."""
         found = {} if self.eval_examples is None else self.evaluate()
+        rows, self._evaluated = self._evaluated, None
+        if self.state.global_step == 0:
+            self._base_rows = rows
+        elif rows and self._base_rows:
+            found |= gains(rows, self._base_rows)
         if found:
             self.log({f"held_out/{name}": value for name, value in found.items()})
         self._event("on_evaluate", metrics={f"eval_{name}": value for name, value in found.items()})
         value, best = found.get(self.args.metric_for_best_model, math.nan), self.state.best_metric
         sign = 1 if self.args.greater_is_better else -1
-        if math.isfinite(value) and (best is None or sign * value > sign * best):
+        if self.state.global_step and math.isfinite(value) and (best is None or sign * value > sign * best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.accelerator.is_main_process:
                 self.save_model(Path(self.args.output_dir) / "best")
@@ -414,12 +531,14 @@ class ContrastiveFlowMatchingTrainer:
         else:
             self._update(gradients, norm)
         state.global_step += 1
+        self._whole, self._position = True, {"epoch": self.loader.epoch, "batches": self.loader.batches}
         epoch, batches_per_epoch = self.loader.epoch, self._batches_per_epoch
         state.epoch = epoch if batches_per_epoch is None else epoch + self.loader.batches / batches_per_epoch
         self._recent.add(loss.item(), rows, seconds=time.perf_counter() - self._began, num_pairs=num_pairs)
 
     def _update(self, gradients: list[Tensor], norm: Tensor) -> None:
         """Updates the tokens by gradients of this norm."""
+        self._whole = False
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.args.max_grad_norm is not None:
@@ -440,12 +559,6 @@ class ContrastiveFlowMatchingTrainer:
 
     # Checkpoints.
 
-    def _save_checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
-            tokens = dict(self.adapter.tokens.state_dict())
-            self.checkpoints.save(self.state.global_step, self.adapter.config, tokens, self._state_dict())
-        self.accelerator.wait_for_everyone()
-
     def _state_dict(self) -> dict[str, Any]:
         return {
             "settings": self.args.to_dict(),
@@ -457,7 +570,10 @@ class ContrastiveFlowMatchingTrainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
             "average": None if self.average is None else self.average.values,
-            "data": self.loader.state_dict(),
+            "data": self.loader.state_dict() | self._position | {"fingerprint": self._fingerprint},
+            "objective": None if self.objective == self._given_objective else vars(self.objective),
+            "base": self._base_rows,
+            "warnings": self.warnings,
         }
 
     def _resume(self, given: str | None) -> None:
@@ -473,10 +589,20 @@ class ContrastiveFlowMatchingTrainer:
     def _go_to(self, checkpoint: Checkpoint) -> None:
         checkpoint.check_settings(self.args.to_dict())
         state = checkpoint.state
+        saved = state["data"].get("fingerprint", self._fingerprint)  # none in checkpoints of earlier versions
+        if saved != self._fingerprint:
+            raise ValueError(
+                f"{checkpoint.path} was saved while training on other data (fingerprints {saved} and now "
+                f"{self._fingerprint}); go on with the same images and captions, or start afresh in another output_dir"
+            )
         self.loader.load_state_dict(state["data"])
         self._adapters.swap(self.adapter_name, checkpoint.config, checkpoint.tensors)
         self.state.global_step, self.state.best_metric = state["step"], state["best"]
         self._nonfinite.in_a_row, self.engine.loss_scale = state["nonfinite_steps"], state["loss_scale"]
+        self._saved_step, self._position = state["step"], {key: state["data"][key] for key in ("epoch", "batches")}
+        self._base_rows, self.warnings = state.get("base"), list(state.get("warnings", ()))
+        if state.get("objective"):
+            self._choose(Contrastive(**state["objective"]))
         self._recent.load_state_dict(state["recent"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["schedule"])

@@ -158,6 +158,7 @@ def fill(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Computes and stores what is missing.
 
@@ -170,6 +171,7 @@ def fill(
         batch_size: Names per call of `compute`.
         rank: Of this process, which computes every `world_size`-th of them.
         world_size: Processes that fill the cache together.
+        stop: Asked before each batch whether to leave the rest for another time.
 
     Returns:
         How many entries this process wrote.
@@ -185,6 +187,8 @@ def fill(
         _remove_stale(cache.folder)
     written, announced = 0, False
     for batch in _batches([name for name in names[rank::world_size] if name in missing], batch_size):
+        if stop():
+            break
         entries = compute(batch)
         if len(entries) != len(batch):
             raise ValueError(

@@ -11,6 +11,7 @@ image that are not. The columns that hold them can be named, are found by their 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +25,11 @@ from typing import Any, final
 import datasets
 from torch import Tensor
 
-from .image import BrokenExample, Size, image_size
+from .image import BrokenExample, Size, content_id, fetch, image_size
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
+_FINGERPRINTED = 64  # examples
 
 
 @final
@@ -129,10 +131,11 @@ class Examples:
     Args:
         rows: Anything with `len` and `[]`, or a `datasets.IterableDataset`, whose order is kept.
         columns: Which columns hold what.
+        source: The path or name that they were opened by, if it was one.
     """
 
-    def __init__(self, rows: Any, columns: Columns) -> None:
-        self.columns = columns
+    def __init__(self, rows: Any, columns: Columns, *, source: str | None = None) -> None:
+        self.columns, self.source = columns, source
         self._rows, self._streamed = rows, isinstance(rows, datasets.IterableDataset)
         self._lock = threading.Lock()  # data sets need not bear to be read by several threads
 
@@ -158,17 +161,41 @@ class Examples:
             yield self._block(start, held)
             start += len(held)
 
+    def fingerprint(self) -> str:
+        """A short text that is the same for the same data: of their number, and of a few examples spread over them.
+
+        An image counts by its content, not by where it lies.
+        """
+        block = next(self.blocks(block_size=_FINGERPRINTED), Block(0, 0, self._read))
+        digest = hashlib.sha256(repr((self.count, self.columns)).encode())
+        for place in range(0, block.size, max(1, block.size // _FINGERPRINTED)):
+            example = block.read(place)
+            with suppress(BrokenExample):
+                digest.update(str(content_id(fetch(example.image))).encode())
+            digest.update(repr((example.captions, example.negative_captions)).encode())
+        return digest.hexdigest()[:16]
+
+    def has_negatives(self, count: int) -> bool:
+        """Whether there are more than `count` different captions, or written negatives; reads no more than it must."""
+        texts: set[str] = set()
+        for captions, negatives in self._texts():
+            texts.update(captions)
+            if negatives or len(texts) > count:
+                return True
+        return False
+
     def captions(self) -> Iterator[str]:
         """Every caption and hard negative once, in their order: for the text cache. Goes through the data set."""
+        return iter(dict.fromkeys(text for kinds in self._texts() for kind in kinds for text in kind))
+
+    def _texts(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """The captions and the hard negatives of each row."""
         rows: Any = self._rows
         if is_plain(rows):
             stored = self.columns.stored(rows.column_names or (), images=False)  # images stay unread
             rows = rows.select_columns(stored)
-        texts: dict[str, None] = {}
         for number, row in enumerate(rows if isinstance(rows, Iterable) else map(rows.__getitem__, range(len(rows)))):
-            for kind in self.columns.texts(row, f"example {number}"):
-                texts.update(dict.fromkeys(kind))
-        return iter(texts)
+            yield self.columns.texts(row, f"example {number}")
 
     def _read(self, number: int) -> Example:
         try:
@@ -194,7 +221,7 @@ def open_examples(
     """Opens a data set and checks it before anything long starts.
 
     Args:
-        data: One of
+        data: Opened `Examples`, which are returned as they are, or one of
             - a `datasets.Dataset` or `IterableDataset`
             - a folder with `metadata.jsonl`: a JSON object per line, `file_name` and the columns
             - webdataset shards: a path or URL ending in `.tar`, a pattern of such, a list of them, a folder of them
@@ -212,6 +239,8 @@ def open_examples(
         ValueError: A column is missing, the data set is empty, or metadata.jsonl is not as it should be.
         TypeError: Captions are not strings, images not images, or `data` is none of these.
     """
+    if isinstance(data, Examples):
+        return data
     rows = _undecoded(load_rows(data, split, streaming))
     first = _first_row(rows)
     columns = _find_columns(first, image_column, caption_column, negative_caption_column)
@@ -223,7 +252,7 @@ def open_examples(
         image_size(example.image)
     if is_plain(rows):
         rows = rows.select_columns(columns.stored(_as_mapping(first)))
-    return Examples(rows, columns)
+    return Examples(rows, columns, source=data if isinstance(data, str) else None)
 
 
 # Rows.

@@ -84,14 +84,19 @@ class Encoder:
         rows = torch.tensor([row[caption] for caption in captions], device=self._device)
         return {name: value.to(self._device)[rows] for name, value in encoded.items()}
 
-    def fill(self, examples: Examples, accelerator: Accelerator) -> None:
+    def fill(self, examples: Examples, accelerator: Accelerator, *, stop: Callable[[], bool] = lambda: False) -> None:
         """Computes what the caches lack, each process its share; says first how much disk that takes, or refuses.
+
+        Args:
+            examples: Of training.
+            accelerator: The processes.
+            stop: Asked before each batch whether to leave the rest for another time.
 
         Raises:
             CacheTooLarge: More than `max_cache_gigabytes`, or than the disk has free.
             ValueError: The examples are a stream, or too many images are broken.
         """
-        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        share: Any = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "stop": stop}
         if self.latents is not None:
             fill_latents(
                 self.latents,
@@ -129,7 +134,7 @@ class Encoder:
             return self._encoded(captions)
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
-    def _fill_text(self, captions: Sequence[str], *, rank: int = 0, world_size: int = 1) -> None:
+    def _fill_text(self, captions: Sequence[str], **share: Any) -> None:
         """Encodes the captions that the cache lacks; arguments and errors as `cache.fill`."""
         assert self.text is not None
 
@@ -137,7 +142,7 @@ class Encoder:
             encoded = self._conditioner.encode_captions(names)
             return [{name: value[row] for name, value in encoded.items()} for row in range(len(names))]
 
-        fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, rank=rank, world_size=world_size)
+        fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, **share)
 
 
 def fill_latents(
@@ -151,6 +156,7 @@ def fill_latents(
     max_broken: int | float = 0.01,
     rank: int = 0,
     world_size: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Encodes the images that the cache lacks; `PairLoader(latents=cache)` reads them.
 
@@ -166,6 +172,7 @@ def fill_latents(
         max_broken: Broken images that are left out before an error: a number, or a share.
         rank: Of this process.
         world_size: Processes that fill the cache together.
+        stop: Asked before each image and batch whether to leave the rest for another time.
 
     Returns:
         How many entries this process wrote.
@@ -181,6 +188,8 @@ def fill_latents(
     logger.info("looking through %d images for the cache of latents", block.size)
     found: dict[str, tuple[Size, int]] = {}
     for place in range(block.size):
+        if stop():
+            return 0
         example = block.read(place)
         with broken.skipping(example.name, out_of=block.size):
             fetched = fetch(example.image)
@@ -200,4 +209,4 @@ def fill_latents(
         return [entries.get(name) for name in names]
 
     by_size = sorted(found, key=lambda name: found[name])
-    return fill(cache, by_size, compute, batch_size=batch_size, rank=rank, world_size=world_size)
+    return fill(cache, by_size, compute, batch_size=batch_size, rank=rank, world_size=world_size, stop=stop)
