@@ -30,7 +30,8 @@ from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa
 from diffusers_softrepa.conditioning import conditioner_of
 from diffusers_softrepa.families import family_of, text_blocks
 from diffusers_softrepa.pipeline import denoiser_of
-from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer, check_run
+from diffusers_softrepa.training.arguments import with_new_names
 from diffusers_softrepa.training.checkpoints import Checkpoints
 from diffusers_softrepa.training.data.dataset import load_rows
 
@@ -101,7 +102,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Contrasti
     first.add_argument("--config")
     file = first.parse_known_args(argv)[0].config
     if file is not None:
-        settings = read_settings(Path(file))
+        settings = with_new_names(read_settings(Path(file)))
         check_known(settings, set(known) - {"help", "config"}, file)
         for name in settings:
             known[name].required = False
@@ -193,10 +194,11 @@ def rows_of(source: str | None, split: str, streaming: bool) -> Any:
 def train(argv: Sequence[str]) -> None:
     """Trains, and says where the result is."""
     model, data, args = parse(argv)
-    pipeline = load_pipeline(model, args.hub_token)
-    put_adapter(pipeline, model, args)
     train_data = rows_of(data.train_data, data.train_split, data.streaming)
     eval_data = rows_of(data.eval_data, data.eval_split, data.streaming)
+    train_data, eval_data = check_run(args, train_data, eval_data)  # before a model is loaded
+    pipeline = load_pipeline(model, args.hub_token)
+    put_adapter(pipeline, model, args)
     trainer = ContrastiveFlowMatchingTrainer(pipeline, args, train_data, eval_data)
     result = trainer.train()
     if args.dry_run:
@@ -208,7 +210,9 @@ def train(argv: Sequence[str]) -> None:
             f"    --resume_from_checkpoint latest"
         )
         return
-    best = f" The best one by held-out top-1 is in {args.output_dir}/best." if data.eval_data else ""
+    best = ""
+    if trainer.state.best_global_step:
+        best = f" The best one by held-out {args.metric_for_best_model} is in {args.output_dir}/best."
     trainer.accelerator.print(
         f"\nThe adapter is in {args.output_dir}; README.md there shows how it learned.{best} Use it with\n"
         f"    import diffusers_softrepa\n"
@@ -218,11 +222,14 @@ def train(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Trains and returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path or a prompt that the terminal has no letters for
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         train([word for word in argv if word != "--debug"])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -401,10 +401,13 @@ def test_too_few_held_out_images_show_before_training(tmp_path: Path):
         ContrastiveFlowMatchingTrainer(pipeline(), args, rows()).evaluate()
 
 
-def test_saturated_logits_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_saturated_logits_are_told_before_the_first_step_and_again_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     trainer(tmp_path / "saturated", logits="exponential", temperature=0.05, max_steps=3).train()
     told = [record for record in caplog.records if "contrast teaches nothing" in record.getMessage()]
-    assert len(told) == 1
+    assert len(told) == 2
+    assert "contrast teaches nothing" in (tmp_path / "saturated" / "README.md").read_text()
     caplog.clear()
     trainer(tmp_path / "fine", logits="exponential", temperature=1.0, max_steps=1).train()
     trainer(tmp_path / "linear", temperature=0.05, max_steps=1).train()

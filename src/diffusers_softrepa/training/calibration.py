@@ -3,8 +3,8 @@
 Exponential logits S exp(-e / T) of matched errors e far above T are all nearly 0: the softmax is uniform, whatever the
 captions, and its gradient vanishes. Linear logits -e / T see differences of errors only, so they teach at any size of
 the errors, with a temperature on the scale of those differences. So where half of the matched errors exceed 12 T
-(exp(-12) = 6e-6), and no temperature was set, training goes on with linear logits and the median over images of the
-standard deviation of their errors over captions.
+(exp(-12) = 6e-6), and no temperature was set, training goes on with linear logits whose temperature is the
+mean over images of the standard deviation of their errors over captions.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def is_saturated(objective: Objective, measured: Measured) -> bool:
 
 def unsaturated(objective: Contrastive, measured: Measured) -> tuple[Contrastive, str]:
     """Returns an objective that teaches at these errors, and what to tell of it."""
-    error, spread = measured.matched.median().item(), measured.spread.nanmedian().item()
+    error, spread = measured.matched.median().item(), measured.spread.nanmean().item()
     if spread > 0:
         found = replace(objective, logits="linear", temperature=float(f"{spread:.2g}"))
     else:  # the denoiser does not heed the captions at all yet
@@ -92,7 +92,7 @@ def unsaturated(objective: Contrastive, measured: Measured) -> tuple[Contrastive
 
 def saturation_warning(objective: Contrastive, measured: Measured) -> str:
     """Returns what to tell of saturated logits whose temperature was set by hand."""
-    error, spread = measured.matched.median().item(), measured.spread.nanmedian().item()
+    error, spread = measured.matched.median().item(), measured.spread.nanmean().item()
     return (
         f"matched errors are {error:.2g}, {error / objective.temperature:.0f} times the temperature "
         f"{objective.temperature:g}: exponential logits are nearly 0 there and contrast teaches nothing; set "

@@ -151,7 +151,7 @@ def claim_repository(args: ContrastiveFlowMatchingArguments) -> str:
     try:
         validate_repo_id(name)
         repo_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
+        _check_writable(api, repo_id)
     except HFValidationError as error:
         raise ValueError(
             f"the trained adapter would be pushed to {name!r}, which can be no repository's name ({one_line(error)}); "
@@ -163,6 +163,15 @@ def claim_repository(args: ContrastiveFlowMatchingArguments) -> str:
             "of yours and a token that may write there, or train without push_to_hub"
         ) from error
     return repo_id
+
+
+def _check_writable(api: HfApi, repo_id: str) -> None:
+    """Asks whether one may write to a repository; a Hub that does not answer that leaves it to the push."""
+    try:
+        api.auth_check(repo_id, write=True)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise
 
 
 def push_report(args: ContrastiveFlowMatchingArguments) -> str:

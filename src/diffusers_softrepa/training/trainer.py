@@ -352,12 +352,13 @@ class ContrastiveFlowMatchingTrainer:
         count = sum(parameter.numel() for parameter in self.parameters)
         if norms and max(norms) < _NO_GRADIENT * math.sqrt(count):
             self.warnings.append(
-                f"the gradient's norm was {max(norms):.1g} at most, over {count:,} numbers: the tokens learned nothing;"
-                " look at the temperature and at the captions"
+                f"the gradient's norm was {max(norms):.1g} at most, for {count:,} numbers: the tokens learned "
+                "nothing; look at the temperature and at the captions"
             )
-        held_out = [entry for entry in self.state.log_history if "held_out/top1" in entry]
-        for text in [*self.warnings, *(gain_text(held_out[-1]) if held_out else ())]:
-            logger.warning("%s", text) if text in self.warnings else logger.info("%s", text)
+        for text in self.warnings:
+            logger.warning("%s", text)
+        for entry in [entry for entry in self.state.log_history if "held_out/top1" in entry][-1:]:
+            logger.info("%s", " ".join(gain_text(entry)))
 
     def save_last_step(self) -> Path | None:
         """Saves the run as it was after the last whole step.
@@ -589,13 +590,14 @@ class ContrastiveFlowMatchingTrainer:
     def _go_to(self, checkpoint: Checkpoint) -> None:
         checkpoint.check_settings(self.args.to_dict())
         state = checkpoint.state
+        self.loader.load_state_dict(state["data"])
         saved = state["data"].get("fingerprint", self._fingerprint)  # none in checkpoints of earlier versions
         if saved != self._fingerprint:
+            self.loader.load_state_dict({"epoch": 0, "batches": 0})
             raise ValueError(
                 f"{checkpoint.path} was saved while training on other data (fingerprints {saved} and now "
                 f"{self._fingerprint}); go on with the same images and captions, or start afresh in another output_dir"
             )
-        self.loader.load_state_dict(state["data"])
         self._adapters.swap(self.adapter_name, checkpoint.config, checkpoint.tensors)
         self.state.global_step, self.state.best_metric = state["step"], state["best"]
         self._nonfinite.in_a_row, self.engine.loss_scale = state["nonfinite_steps"], state["loss_scale"]
