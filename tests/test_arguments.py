@@ -1,5 +1,6 @@
 """Settings: every field checked, former names read, accelerate followed, and all of it before a model is there."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def test_arguments_of_the_optimizer_are_read_as_transformers_writes_them_and_as_
 
 def test_every_field_has_its_meaning_in_the_help():
     text = ContrastiveFlowMatchingArguments.__doc__ or ""
-    for name, entry in ContrastiveFlowMatchingArguments.__dataclass_fields__.items():
-        assert f"{name}: {entry.metadata['help'][:20]}" in text and len(entry.metadata["help"]) > 10
+    for entry in fields(ContrastiveFlowMatchingArguments):
+        assert f"{entry.name}: {entry.metadata['help'][:20]}" in text and len(entry.metadata["help"]) > 10
 
 
 ACCELERATE = {

@@ -147,12 +147,15 @@ def test_a_state_with_code_runs_none(run: Path, tmp_path: Path):
     assert not (tmp_path / "run by the state").exists()
 
 
-def test_a_damaged_log_costs_its_entries_and_not_the_run(run: Path, caplog: pytest.LogCaptureFixture):
+def test_damaged_lines_of_a_log_cost_neither_the_others_nor_the_run(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     log = run / "log.jsonl"
-    log.write_text(log.read_text() + "{bad}\n")
+    log.write_bytes(b"{bad}\n" + log.read_bytes() + b'\xff\xfe\n[{"step": 1}\n5\n{"a": 1}\n{"step": 9, "lo')
     assert trainer(run, resume_from_checkpoint="latest").train().finished
-    assert "log.jsonl is not JSON" in caplog.text
-    assert all(json.loads(line) for line in log.read_text().splitlines())
+    assert "no entries of a log and are left out" in caplog.text
+    trainer(tmp_path / "whole").train()
+    assert_same_run(tmp_path / "whole", run)
 
 
 OTHER_DATA = {

@@ -129,7 +129,7 @@ def test_settings_can_be_written_with_hyphens(cli: ModuleType):
         ([*NEEDED, "--objective", "best"], "invalid choice: 'best'"),
         ([*NEEDED, "--train_batch_size", "1"], "needs at least 1 negatives"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        ([*NEEDED], "user/model"),
+        ([*NEEDED], "photos"),
     ],
 )
 def test_a_wrong_command_line_is_a_sentence_and_exit_status_2(

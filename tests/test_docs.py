@@ -53,7 +53,7 @@ def test_the_python_of_the_training_guide_runs(tmp_path: Path, monkeypatch: pyte
     short = functools.wraps(original)(lambda **settings: original(**(settings | SHORT)))
     monkeypatch.setattr(training, "ContrastiveFlowMatchingArguments", short)
     code = blocks("training.md", "python", marked=True)
-    assert len(code) == 4
+    assert len(code) == 6
     names: dict[str, Any] = {}
     for block in code:
         exec(block, names)

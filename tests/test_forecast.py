@@ -117,7 +117,14 @@ def test_agsm_keeps_predictions_and_an_average(tmp_path: Path):
 def test_the_caches_are_as_large_as_they_will_be(tmp_path: Path):
     found = trainer_of(tiny.FAMILIES[2], tmp_path, cache_text=True, cache_latents=True).estimate()
     trainer = trainer_of(
-        tiny.FAMILIES[2], tmp_path, cache_text=True, cache_latents=True, dry_run=False, max_steps=1, report_to="none"
+        tiny.FAMILIES[2],
+        tmp_path,
+        cache_text=True,
+        cache_latents=True,
+        objective="denoising",
+        dry_run=False,
+        max_steps=1,
+        report_to="none",
     )
     trainer.train()
     text, latents = trainer.encoder.text, trainer.encoder.latents

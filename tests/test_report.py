@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -243,7 +244,7 @@ def test_a_repository_that_cannot_be_pushed_to_is_refused_before_the_first_step(
     with pytest.raises(kind, match=message):
         trainer.train()
     assert not folder.exists()
-    assert all(map(np.array_equal, before, trainer.parameters))
+    assert all(map(torch.equal, before, trainer.parameters))
 
 
 def test_the_repository_is_there_before_the_first_step(hub: Any, tmp_path: Path):

@@ -40,7 +40,7 @@ class Measured:
         known = errors.masked_fill(~candidates, 0)
         centred = (errors - (known.sum(1) / count)[:, None]).masked_fill(~candidates, 0)
         spread = (centred.square().sum(1) / (count - 1)).sqrt()  # NaN for a count of one
-        return cls(count - 1, errors.gather(1, positive[:, None]).squeeze(1), spread)
+        return cls((count - 1).to(errors), errors.gather(1, positive[:, None]).squeeze(1), spread)
 
     @classmethod
     def joined(cls, parts: Sequence["Measured"]) -> "Measured":

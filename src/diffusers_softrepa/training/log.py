@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import UnreadableJSON, read_json_lines, write_whole
+from ..files import UnreadableJSON, parse_json, write_whole
 from .callbacks import TrainerCallback, TrainerState
 
 logger = logging.getLogger(__name__)
@@ -24,16 +24,21 @@ _SHOWN = ("loss", "top1", "pairs_per_second")
 def read_log(path: Path) -> list[dict[str, float]]:
     """Returns the entries of a log, oldest first; none where there is no log.
 
-    A killed run may have left half a line. What is damaged otherwise is left out, from there on, with a warning.
+    A killed run may have left half a line at the end. Other lines that are no entries are left out with a warning.
     """
-    entries: list[dict[str, float]] = []
-    try:
-        for number, entry in read_json_lines(path, torn_end=True) if path.exists() else ():
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                raise UnreadableJSON(f"line {number} of {path} is no entry of a log")
+    entries, damaged = [], []
+    *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = parse_json(line, f"line {number}")
+        except UnreadableJSON:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)
-    except UnreadableJSON as error:
-        logger.warning("%s; its entries from there on are left out", error)
+        else:
+            damaged.append(number)
+    if damaged:
+        logger.warning("lines %s of %s are no entries of a log and are left out", damaged, path)
     return entries
 
 
