@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from diffusers_softrepa.objectives import Contrastive, SoftRank, contrastive_loss
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
+from diffusers_softrepa.training import trainer as trainer_room
 from diffusers_softrepa.training.calibration import Measured, check_negatives, is_saturated, unsaturated
 from diffusers_softrepa.training.metrics import gains, mean_and_error
 from training_runs import At, read_log, rows, train_until_killed, trainer
@@ -147,13 +148,13 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path: Path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_measuring_draws_nothing_from_the_run(tmp_path: Path):
+def test_measuring_draws_nothing_from_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run that measures its first batches sees the batches of one that does not."""
     seen: list[list[float]] = []
     for name, measures in (("measured", True), ("not", False)):
         run = trainer(tmp_path / name, max_steps=3)
         if not measures:
-            run._calibrate = lambda: None
+            monkeypatch.setattr(trainer_room, "calibrate", lambda _: None)
         run.callbacks.callbacks.append(At("on_step_end", None, lambda run: seen.append(run.loader.state_dict())))
         run.train()
     assert seen[:3] == seen[3:]

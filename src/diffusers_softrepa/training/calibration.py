@@ -7,16 +7,23 @@ the errors, with a temperature on the scale of those differences. So where half 
 mean over images of the standard deviation of their errors over captions.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..objectives import Contrastive, Objective
+from .step.collate import Draws
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 4
 _SATURATED = 12.0
+_NO_GRADIENT = 1e-8  # of one number: what Adam adds to the size of the gradient that it divides by
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,3 +105,43 @@ def saturation_warning(objective: Contrastive, measured: Measured) -> str:
         f"{objective.temperature:g}: exponential logits are nearly 0 there and contrast teaches nothing; set "
         f"logits='linear' with temperature={spread:.2g}, or leave out temperature to have one chosen"
     )
+
+
+def calibrate(trainer: Any) -> None:
+    """Measures the first batches of a run, and chooses an objective that teaches where the published one does not.
+
+    Raises:
+        ValueError: The batches hold no captions that are wrong for an image.
+    """
+    position, objective, measured = trainer.loader.state_dict(), trainer.objective, []
+    batches = iter(trainer.loader)
+    for number, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
+        pairs = trainer.data_collator(batch, Draws(trainer.args.seed, number, trainer.first_row))
+        rows = Measured.of(trainer.engine.errors(pairs), pairs.positive, pairs.candidates)
+        measured.append(Measured(**trainer.gathered(vars(rows))))
+    batches.close()
+    trainer.loader.load_state_dict(position)
+    found = Measured.joined(measured)
+    check_negatives(objective, found)
+    if not is_saturated(objective, found):
+        return
+    if trainer.args.temperature is None:
+        objective, text = unsaturated(objective, found)
+        trainer.choose(objective)
+        trainer.warn(text)
+    else:
+        trainer.warn(saturation_warning(objective, found))
+
+
+def sum_up(trainer: Any) -> None:
+    """Says at the end of a run what was measured of it, and once more what was warned of."""
+    log = trainer.state.log_history
+    norms = [entry["gradient_norm"] for entry in log if "gradient_norm" in entry]
+    count = sum(parameter.numel() for parameter in trainer.parameters)
+    if norms and max(norms) < _NO_GRADIENT * math.sqrt(count):
+        trainer.warnings.append(
+            f"the gradient's norm was {max(norms):.1g} at most, for {count:,} numbers: the tokens learned nothing; "
+            "look at the temperature and at the captions"
+        )
+    for text in trainer.warnings:
+        logger.warning("%s", text)

@@ -4,6 +4,7 @@ Everything is read back from the output folder, so a report can be written again
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -25,11 +26,14 @@ from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
 from ..objectives import Objective
 from ..quoting import one_line
 from .arguments import ContrastiveFlowMatchingArguments
+from .calibration import sum_up
 from .callbacks import TrainerCallback, TrainerState
 from .data.dataset import Examples
 from .log import LOG_NAME, read_log
 from .preparation import halve_vae
 from .validation import VALIDATION_FOLDER, pictures_of_grid, save_picture
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "training_args.json"
 CURVES_NAME = "curves.png"
@@ -80,13 +84,15 @@ class ReportCallback(TrainerCallback):
         trainer = given["trainer"]
         if not trainer.finished:
             return
-        trainer.sum_up()
+        sum_up(trainer)
         halve_vae(trainer.pipeline)
         if trainer.average is not None:
             trainer.average.settle()
         if state.is_world_process_zero:
             trainer.save_model()
             trainer.write_report()
+            for entry in [entry for entry in state.log_history if f"{_HELD_OUT}top1" in entry][-1:]:
+                logger.info("%s", " ".join(gain_text(entry)))
             if args.push_to_hub:
                 trainer.push_to_hub()
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,10 @@ from ..adapter import Adapter, adapters_of
 from ..checkpoint import save_checkpoint
 from ..conditioning import conditioner_of
 from ..config import SoftREPAConfig
-from ..objectives import Contrastive, Objective
+from ..objectives import Objective
 from ..pipeline import denoiser_of
 from .arguments import ContrastiveFlowMatchingArguments
-from .calibration import (
-    CALIBRATION_BATCHES,
-    Measured,
-    check_negatives,
-    is_saturated,
-    saturation_warning,
-    unsaturated,
-)
+from .calibration import calibrate
 from .callbacks import (
     Callbacks,
     FlowCallback,
@@ -46,8 +38,8 @@ from .callbacks import (
     TrainerControl,
     TrainerState,
 )
-from .card import Data, ReportCallback, claim_repository, data_name, gain_text, push_report, write_report
-from .checkpoints import Checkpoint, Checkpoints
+from .card import Data, ReportCallback, claim_repository, data_name, push_report, write_report
+from .checkpoints import Checkpoints
 from .data.cache import TensorCache
 from .data.dataset import Example, Examples
 from .data.encode import Encoder
@@ -58,6 +50,7 @@ from .metrics import Recent, gains, joined_rows, standard_errors, summary, tell_
 from .optimization import MovingAverage, Schedule, make_optimizer
 from .preflight import check_settings, open_checked, open_data
 from .preparation import choose_adapter, make_framing, prepared
+from .state import RunState
 from .step.collate import NEGATIVES, Draws, PairCollator, spread_timesteps
 from .step.engine import PairEngine
 from .validation import ValidationCallback
@@ -65,7 +58,6 @@ from .validation import ValidationCallback
 logger = logging.getLogger(__name__)
 
 _FP16_LOSS_SCALE = 2.0**14
-_NO_GRADIENT = 1e-8  # of one number: what Adam adds to the size of the gradient that it divides by
 
 ComputeMetrics = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
@@ -140,7 +132,8 @@ class ContrastiveFlowMatchingTrainer:
         self.conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
         if args.gradient_checkpointing:
             self.conditioner.check_checkpointing()
-        self.objective = self._given_objective = args.make_objective(self.conditioner.noising.prediction)
+        self.objective: Objective = args.make_objective(self.conditioner.noising.prediction)
+        self.chosen: Objective | None = None
         self.framing = make_framing(args, self.conditioner)
         self.train_examples = open_checked(args, train_dataset)
         self._data = Data(self.train_examples.count, data_name(train_dataset), data_name(eval_dataset))
@@ -154,7 +147,7 @@ class ContrastiveFlowMatchingTrainer:
         )
         adapters = adapters_of(denoiser_of(pipeline))
         assert adapters is not None
-        self._adapters = adapters
+        self.adapters = adapters
         self.parameters = list(self.adapter.tokens.parameters())
         self.engine = PairEngine(
             self.conditioner.predict,
@@ -172,6 +165,7 @@ class ContrastiveFlowMatchingTrainer:
         self.lr_scheduler = Schedule(args, self.optimizer, max_steps, given=optimizers[1])
         self.average = MovingAverage(self.parameters, args.ema_decay) if args.ema_decay else None
         self.checkpoints = Checkpoints(args.output_dir, args.checkpoints_total_limit)
+        self.kept = RunState(self.checkpoints)
         self.state = TrainerState(
             max_steps=max_steps,
             logging_steps=args.logging_steps,
@@ -183,19 +177,17 @@ class ContrastiveFlowMatchingTrainer:
             is_world_process_zero=self.accelerator.is_main_process,
         )
         self.control = TrainerControl()
-        self._recent, self._nonfinite, self._began = Recent(), NonfiniteCallback(), 0.0
+        self.recent, self.nonfinite, self._began = Recent(), NonfiniteCallback(), 0.0
         self._last: dict[str, float] = {}
         self._evaluated: dict[str, Tensor] | None = None
-        self._base_rows: dict[str, Tensor] | None = None
-        self._position: dict[str, int] = {}
-        self._whole, self._saved_step = True, 0
+        self.base_rows: dict[str, Tensor] | None = None
         self.warnings: list[str] = []
         self._logged: dict[str, float] = {}
         self._batches_per_epoch = None if self.train_examples.count is None else len(self.loader)
-        self._first_row = self.accelerator.process_index * args.train_batch_size
+        self.first_row = self.accelerator.process_index * args.train_batch_size
         self._stop = StopCallback()
         own = (LogCallback(self.accelerator), ProgressCallback(), FlowCallback(), self._stop, RescueCallback())
-        self.callbacks = Callbacks([*own, self._nonfinite, validation, ReportCallback(), *callbacks])
+        self.callbacks = Callbacks([*own, self.nonfinite, validation, ReportCallback(), *callbacks])
         self._given = {
             "trainer": self,
             "model": self.conditioner.denoiser,
@@ -207,11 +199,7 @@ class ContrastiveFlowMatchingTrainer:
     @property
     def adapter(self) -> Adapter:
         """The adapter in training."""
-        return self._adapters[self.adapter_name]
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self.train_examples.fingerprint()
+        return self.adapters[self.adapter_name]
 
     @property
     def finished(self) -> bool:
@@ -239,8 +227,8 @@ class ContrastiveFlowMatchingTrainer:
         if self.args.push_to_hub and main:
             claim_repository(self.args)
         with self.checkpoints.locked() if main else nullcontext():
-            self._resume("latest" if resume_from_checkpoint is True else resume_from_checkpoint or None)
-            self._check_disk()
+            self.kept.resume(self, "latest" if resume_from_checkpoint is True else resume_from_checkpoint or None)
+            self.kept.check_disk(self)
             self.control = TrainerControl()
             try:
                 self._event("on_train_begin")
@@ -267,9 +255,9 @@ class ContrastiveFlowMatchingTrainer:
                 range(self.args.num_evaluation_batches), self.get_eval_dataloader(eval_dataset), strict=False
             ):
                 total = self.accelerator.num_processes * len(batch)
-                timestep = spread_timesteps(number, self._first_row, len(batch), total)
-                pairs = self.data_collator(batch, Draws(self.args.validation_seed, number, self._first_row), timestep)
-                rows.append(self._gathered(tell_apart(self.engine.errors(pairs), pairs)))
+                timestep = spread_timesteps(number, self.first_row, len(batch), total)
+                pairs = self.data_collator(batch, Draws(self.args.validation_seed, number, self.first_row), timestep)
+                rows.append(self.gathered(tell_apart(self.engine.errors(pairs), pairs)))
         joined = joined_rows(rows)
         self._evaluated = joined if eval_dataset is None else None
         further = self.compute_metrics(joined) if self.compute_metrics else {}
@@ -308,7 +296,7 @@ class ContrastiveFlowMatchingTrainer:
             self._data,
             steps=self.state.global_step,
             num_captions=captions,
-            objective=None if self.objective == self._given_objective else self.objective,
+            objective=self.chosen,
             warnings=self.warnings,
         )
 
@@ -346,32 +334,17 @@ class ContrastiveFlowMatchingTrainer:
         with tqdm.external_write_mode():  # not in the line of the progress bar
             logger.warning("%s", text)
 
-    def sum_up(self) -> None:
-        """Says at the end of a run what was measured of it, and once more what was warned of."""
-        norms = [entry["gradient_norm"] for entry in self.state.log_history if "gradient_norm" in entry]
-        count = sum(parameter.numel() for parameter in self.parameters)
-        if norms and max(norms) < _NO_GRADIENT * math.sqrt(count):
-            self.warnings.append(
-                f"the gradient's norm was {max(norms):.1g} at most, for {count:,} numbers: the tokens learned "
-                "nothing; look at the temperature and at the captions"
-            )
-        for text in self.warnings:
-            logger.warning("%s", text)
-        for entry in [entry for entry in self.state.log_history if "held_out/top1" in entry][-1:]:
-            logger.info("%s", " ".join(gain_text(entry)))
-
     def save_last_step(self) -> Path | None:
         """Saves the run as it was after the last whole step.
 
         Returns:
             The checkpoint; None if it is there already, or the run has no whole step.
         """
-        if not self._whole or self.state.global_step in (0, self._saved_step):
-            return None
-        tokens = dict(self.adapter.tokens.state_dict())
-        saved = self.checkpoints.save(self.state.global_step, self.adapter.config, tokens, self._state_dict())
-        self._saved_step = self.state.global_step
-        return saved
+        return self.kept.save(self)
+
+    def choose(self, objective: Objective) -> None:
+        """Trains another objective than that of the settings from now on."""
+        self.objective = self.engine.objective = self.chosen = objective
 
     # Set-up.
 
@@ -404,38 +377,6 @@ class ContrastiveFlowMatchingTrainer:
         if self.average is not None and self.state.global_step == 0:
             self.average = MovingAverage(self.parameters, self.args.ema_decay or 0.0)
 
-    def _check_disk(self) -> None:
-        """Refuses a run whose checkpoints would not fit: adapter, average and the two states of Adam, as a rule."""
-        left = self.state.max_steps - self.state.global_step
-        copies = 3 + (self.average is not None)
-        each = copies * sum(parameter.nbytes for parameter in self.parameters) + 2**15
-        self.checkpoints.check_room(each, -(-left // self.args.save_steps))
-
-    def _calibrate(self) -> None:
-        """Measures the first batches, and chooses an objective that teaches where the published one does not."""
-        position, measured = self.loader.state_dict(), []
-        batches = iter(self.loader)
-        for number, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
-            pairs = self.data_collator(batch, Draws(self.args.seed, number, self._first_row))
-            errors = self.engine.errors(pairs)
-            rows = Measured.of(errors, pairs.positive, pairs.candidates)
-            measured.append(Measured(**self._gathered(vars(rows))))
-        batches.close()  # type: ignore[attr-defined]
-        self.loader.load_state_dict(position)
-        found = Measured.joined(measured)
-        check_negatives(self.objective, found)
-        if not isinstance(self.objective, Contrastive) or not is_saturated(self.objective, found):
-            return
-        if self.args.temperature is not None:
-            self.warn(saturation_warning(self.objective, found))
-            return
-        chosen, text = unsaturated(self.objective, found)
-        self.warn(text)
-        self._choose(chosen)
-
-    def _choose(self, objective: Objective) -> None:
-        self.objective = self.engine.objective = objective
-
     # The loop.
 
     def _run(self) -> None:
@@ -445,7 +386,7 @@ class ContrastiveFlowMatchingTrainer:
         if self.control.should_training_stop:
             return
         if self.state.global_step == 0:
-            self._calibrate()
+            calibrate(self)
         self._follow_control()
         for batches in self._steps():
             self._event("on_step_begin")
@@ -463,7 +404,7 @@ class ContrastiveFlowMatchingTrainer:
         if self.control.should_log:
             self.control.should_log = False
             token_norm = self.adapter.tokens.tokens.norm(dim=-1).mean().item()
-            self._logged = self._recent.take() | self._last | {"token_norm": token_norm}
+            self._logged = self.recent.take() | self._last | {"token_norm": token_norm}
             self.log(self._logged)
         if self.control.should_evaluate:
             self.control.should_evaluate = False
@@ -480,9 +421,9 @@ class ContrastiveFlowMatchingTrainer:
         found = {} if self.eval_examples is None else self.evaluate()
         rows, self._evaluated = self._evaluated, None
         if self.state.global_step == 0:
-            self._base_rows = rows
-        elif rows and self._base_rows:
-            found |= gains(rows, self._base_rows)
+            self.base_rows = rows
+        elif rows and self.base_rows:
+            found |= gains(rows, self.base_rows)
         if found:
             self.log({f"held_out/{name}": value for name, value in found.items()})
         self._event("on_evaluate", metrics={f"eval_{name}": value for name, value in found.items()})
@@ -513,13 +454,13 @@ class ContrastiveFlowMatchingTrainer:
         gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         rows, num_pairs, state = [], 0, self.state
         for number, batch in enumerate(batches):
-            draws = Draws(self.args.seed, state.global_step * len(batches) + number, self._first_row)
+            draws = Draws(self.args.seed, state.global_step * len(batches) + number, self.first_row)
             pairs = self.data_collator(batch, draws)
             done = self.engine.step(pairs, generator=draws.generators(1, NEGATIVES)[0])
             loss += done.loss / len(batches)
             for gradient, part in zip(gradients, done.gradients, strict=True):
                 gradient += part / len(batches)
-            rows.append(self._gathered(tell_apart(done.errors, pairs)))
+            rows.append(self.gathered(tell_apart(done.errors, pairs)))
             num_pairs += int((~done.errors.isnan()).sum()) * self.accelerator.num_processes
             self._event("on_substep_end", pairs=pairs, outcome=done)
         if self.accelerator.num_processes > 1:
@@ -532,14 +473,14 @@ class ContrastiveFlowMatchingTrainer:
         else:
             self._update(gradients, norm)
         state.global_step += 1
-        self._whole, self._position = True, {"epoch": self.loader.epoch, "batches": self.loader.batches}
+        self.kept.end_step(self)
         epoch, batches_per_epoch = self.loader.epoch, self._batches_per_epoch
         state.epoch = epoch if batches_per_epoch is None else epoch + self.loader.batches / batches_per_epoch
-        self._recent.add(loss.item(), rows, seconds=time.perf_counter() - self._began, num_pairs=num_pairs)
+        self.recent.add(loss.item(), rows, seconds=time.perf_counter() - self._began, num_pairs=num_pairs)
 
     def _update(self, gradients: list[Tensor], norm: Tensor) -> None:
         """Updates the tokens by gradients of this norm."""
-        self._whole = False
+        self.kept.begin_update()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.args.max_grad_norm is not None:
@@ -551,63 +492,9 @@ class ContrastiveFlowMatchingTrainer:
         if self.average is not None:
             self.average.update()
 
-    def _gathered(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gathered(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns per-row figures of all processes."""
         if self.accelerator.num_processes == 1:
             return rows
         gathered = self.accelerator.gather(torch.stack(list(rows.values()), dim=1))  # (rows, figures)
         return dict(zip(rows, gathered.unbind(1), strict=True))
-
-    # Checkpoints.
-
-    def _state_dict(self) -> dict[str, Any]:
-        return {
-            "settings": self.args.to_dict(),
-            "step": self.state.global_step,
-            "best": self.state.best_metric,
-            "nonfinite_steps": self._nonfinite.in_a_row,
-            "recent": self._recent.state_dict(),
-            "loss_scale": self.engine.loss_scale,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.lr_scheduler.state_dict(),
-            "average": None if self.average is None else self.average.values,
-            "data": self.loader.state_dict() | self._position | {"fingerprint": self._fingerprint},
-            "objective": None if self.objective == self._given_objective else vars(self.objective),
-            "base": self._base_rows,
-            "warnings": self.warnings,
-        }
-
-    def _resume(self, given: str | None) -> None:
-        """Goes back to the checkpoint that was named, if any."""
-        wanted, step = given or self.args.resume_from_checkpoint, self.state.global_step
-        checkpoint = None if wanted is None or step else self.checkpoints.read(wanted)
-        if checkpoint is not None:
-            self._go_to(checkpoint)
-        elif wanted is not None and not step:
-            logger.info("%s has no checkpoint yet: training starts from the beginning", self.args.output_dir)
-        self.checkpoints.check_none_after(self.state.global_step)
-
-    def _go_to(self, checkpoint: Checkpoint) -> None:
-        checkpoint.check_settings(self.args.to_dict())
-        state = checkpoint.state
-        self.loader.load_state_dict(state["data"])
-        saved = state["data"].get("fingerprint", self._fingerprint)  # none in checkpoints of earlier versions
-        if saved != self._fingerprint:
-            self.loader.load_state_dict({"epoch": 0, "batches": 0})
-            raise ValueError(
-                f"{checkpoint.path} was saved while training on other data (fingerprints {saved} and now "
-                f"{self._fingerprint}); go on with the same images and captions, or start afresh in another output_dir"
-            )
-        self._adapters.swap(self.adapter_name, checkpoint.config, checkpoint.tensors)
-        self.state.global_step, self.state.best_metric = state["step"], state["best"]
-        self._nonfinite.in_a_row, self.engine.loss_scale = state["nonfinite_steps"], state["loss_scale"]
-        self._saved_step, self._position = state["step"], {key: state["data"][key] for key in ("epoch", "batches")}
-        self._base_rows, self.warnings = state.get("base"), list(state.get("warnings", ()))
-        if state.get("objective"):
-            self._choose(Contrastive(**state["objective"]))
-        self._recent.load_state_dict(state["recent"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["schedule"])
-        if self.average is not None:
-            self.average.values = [value.to(self.accelerator.device) for value in state["average"]]
-        logger.info("resumed from %s", checkpoint.path)
