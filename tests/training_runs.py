@@ -97,7 +97,7 @@ def trainer(
 ) -> Any:
     """Returns a trainer of a tiny pipeline, with a few held-out images."""
     args = ContrastiveFlowMatchingArguments(output_dir=str(output_dir), **QUICK | with_new_names(settings))
-    train = DATA[data]() if isinstance(data, str) else data
+    train = DATA[data]() if isinstance(data, str) and data in DATA else data
     held_out_rows = rows(held_out, seed=1)
     return ContrastiveFlowMatchingTrainer(pipeline(family), args, train, held_out_rows, callbacks=callbacks)
 

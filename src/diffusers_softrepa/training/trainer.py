@@ -370,7 +370,13 @@ class ContrastiveFlowMatchingTrainer:
         return max(1, len(self.loader) * self.args.num_train_epochs // self.args.gradient_accumulation_steps)
 
     def _place_tokens(self) -> None:
-        """Puts the tokens where training takes place, the same in every process."""
+        """Puts the tokens where training takes place, the same in every process.
+
+        Raises:
+            ValueError: They are not finite, so that nothing could be learned from them on.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.parameters):
+            raise ValueError(f"adapter {self.adapter_name!r} holds NaN or infinite tokens; train a fresh one")
         self.adapter.tokens.to(self.accelerator.device)
         for parameter in self.parameters:
             parameter.data.copy_(broadcast(parameter.data))

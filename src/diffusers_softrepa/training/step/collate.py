@@ -56,17 +56,15 @@ class Draws:
 def draw_noise(draws: Draws, shape: Sequence[int], *, share: bool) -> Tensor:
     """Returns standard normal noise for latents of `shape` (b, ...), one for all rows if `share`, on the CPU."""
     generators = draws.generators(shape[0], NOISE, share=share)
-    return randn_tensor((len(generators), *shape[1:]), generators).expand(*shape)
+    return randn_tensor((len(generators), *shape[1:]), generators, dtype=torch.float32).expand(*shape)
 
 
 def draw_timesteps(draws: Draws, count: int, args: ContrastiveFlowMatchingArguments) -> Tensor:
     """Returns timesteps (count,) from the density of the settings, squeezed into [min_timestep, max_timestep)."""
     density: Any = {"mean": args.logit_mean, "std": args.logit_std, "shift": args.timestep_shift}
-    drawn = [
-        sample_timesteps(1, density=args.timestep_density, generator=generator, **density)
-        for generator in draws.generators(count, TIMESTEP, share=args.share_timestep)
-    ]
-    return args.min_timestep + torch.cat(drawn).expand(count) / 1000 * (args.max_timestep - args.min_timestep)
+    generators = draws.generators(count, TIMESTEP, share=args.share_timestep)
+    drawn = sample_timesteps(len(generators), density=args.timestep_density, generator=generators, **density)
+    return args.min_timestep + drawn.expand(count) / 1000 * (args.max_timestep - args.min_timestep)
 
 
 def spread_timesteps(number: int, first_row: int, count: int, total: int) -> Tensor:
