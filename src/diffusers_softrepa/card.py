@@ -22,7 +22,7 @@ _SECTION = re.compile(r"<!-- softrepa:(\w+) [^>]*-->\n.*?<!-- /softrepa:\1 -->",
 
 _ADAPTER = """# SoftREPA adapter{for_base}
 
-Soft text tokens for a frozen {family} denoiser: {count:,} numbers that raise how well pictures match their prompts.
+Soft text tokens for a frozen {family} denoiser: {count:,} numbers trained to raise how well pictures match their prompts.
 
 ## Use it
 
