@@ -1,40 +1,18 @@
 """Edits in the shapes world: the measures see what was done and what was kept, and the command writes them down."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-FOLDER = Path(__file__).parents[1] / "examples" / "shapes_world"
-NAMES = ("edits", "models", "oracle", "world")
+from shapes_world import edits, models
 
 
-@pytest.fixture(scope="module")
-def edits() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
-    try:
-        spec = importlib.util.spec_from_file_location("edits", FOLDER / "edits.py")
-        module = sys.modules["edits"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name, old in before.items():
-            sys.modules.pop(name, None)
-            if old is not None:
-                sys.modules[name] = old
-
-
-def ideal(edits: ModuleType, edit: object, rng: np.random.Generator) -> Image.Image:
+def ideal(edit: edits.Edit, rng: np.random.Generator) -> Image.Image:
     """Draws what a perfect edit makes of a picture."""
     things, wanted = list(edit.things), edit.target.wants[0]
     if edit.kind != "count":
@@ -48,27 +26,27 @@ def ideal(edits: ModuleType, edit: object, rng: np.random.Generator) -> Image.Im
             return edits.render([*things, one])
 
 
-def test_a_perfect_edit_is_done_and_keeps_the_rest(edits: ModuleType):
+def test_a_perfect_edit_is_done_and_keeps_the_rest():
     drawn, rng = edits.draw_edits(8, seed=0), np.random.default_rng(1)
-    table = edits.measure(drawn, [ideal(edits, edit, rng) for edit in drawn])
+    table = edits.measure(drawn, [ideal(edit, rng) for edit in drawn])
     for row in table.values():
         assert row["done"] == row["kept"] == 1 and row["done_error"] == 0
         assert row["outside"] < 0.5
 
 
-def test_a_picture_left_alone_is_kept_and_not_done(edits: ModuleType):
+def test_a_picture_left_alone_is_kept_and_not_done():
     drawn = edits.draw_edits(8, seed=0)
     for row in edits.measure(drawn, [edit.picture for edit in drawn]).values():
         assert (row["done"], row["kept"], row["outside"]) == (0, 1, 0)
 
 
-def test_an_empty_picture_keeps_nothing(edits: ModuleType):
+def test_an_empty_picture_keeps_nothing():
     drawn = [edit for edit in edits.draw_edits(8, seed=0) if edit.stays]
     empty = edits.render([])
     assert not any(edit.kept(empty) for edit in drawn if edit.kind != "count" or len(edit.stays) > 1)
 
 
-def test_captions_of_an_edit_differ_in_one_thing(edits: ModuleType):
+def test_captions_of_an_edit_differ_in_one_thing():
     for edit in edits.draw_edits(16, seed=2):
         assert edit.source.true_of(edit.things) and not edit.target.true_of(edit.things)
         before, after = edit.source.wants[0], edit.target.wants[0]
@@ -77,8 +55,7 @@ def test_captions_of_an_edit_differ_in_one_thing(edits: ModuleType):
         assert edit.source.wants[1:] == edit.target.wants[1:]
 
 
-def test_the_command_measures_and_draws(edits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    models = importlib.import_module("models")
+def test_the_command_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pipe = models.sd3_pipeline(models.vae(), width=64, layers=2)
     pipe.save_pretrained(tmp_path / "base")
     pipe.add_softrepa()

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
-from models import MAX_WORDS
-from oracle import judge
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from world import SIZE, SKILLS, Ask
+
+from shapes_world.models import MAX_WORDS
+from shapes_world.oracle import judge
+from shapes_world.world import SIZE, SKILLS, Ask
 
 FOLDER = Path(os.path.relpath(Path(__file__).parent))  # files that are written carry no path of this machine
 BASE = FOLDER / "sd3"
@@ -101,7 +102,7 @@ def features(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image]) -> n
     return torch.nn.functional.avg_pool2d(torch.cat(latents), 2).flatten(1).numpy()
 
 
-def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[Ask], scale: int = 2) -> Image.Image:
+def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[Ask], scale: int = 3) -> Image.Image:
     """Returns one picture: a row for each ask, and for each name the pictures drawn of it, framed by the oracle.
 
     Args:
@@ -109,11 +110,11 @@ def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[A
         asks: What was asked.
         scale: Enlargement.
     """
-    side, words, gap, top = SIZE * scale + 2 * _FRAME, 410, 14, 26
+    side, words, gap, top = SIZE * scale + 2 * _FRAME, 430, 24, 30
     widths = [max(len(images) for images in rows) * (side + 2) + gap for rows in columns.values()]
     canvas = Image.new("RGB", (words + sum(widths), top + len(asks) * (side + 6)), "white")
     pen: Any = ImageDraw.Draw(canvas)
-    font: Any = ImageFont.load_default(14)
+    font: Any = ImageFont.load_default(17)
     for column, (name, rows) in enumerate(columns.items()):
         left = words + sum(widths[:column])
         pen.text((left, 4), name, fill="black", font=font)

@@ -1,6 +1,6 @@
 """Edits pictures of the shapes world with FlowEdit, without and with an adapter, and lets the oracle judge them.
 
-    python examples/shapes_world/edits.py --pipeline outputs/base/sd3 --adapter ADAPTER --out outputs/edits
+    python -m shapes_world.edits --pipeline outputs/base/sd3 --adapter ADAPTER --out outputs/edits
 
 Three kinds of edit: another colour, another shape, one thing more or less. Of every edited picture it is measured
 
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import StableDiffusion3Pipeline
-from oracle import judge, read
 from PIL import Image, ImageDraw
-from world import COLORS, SHAPES, SIZE, Ask, Thing, random_ask, render
 
 from diffusers_softrepa import flow_edit
+from shapes_world.oracle import judge, read
+from shapes_world.world import COLORS, SHAPES, SIZE, Ask, Thing, random_ask, render
 
 KINDS = ("color", "object", "count")
 NEAR = 4.0  # pixels; a thing nearer than this to where it was has stayed

@@ -23,7 +23,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-from world import vocabulary
+
+from shapes_world.world import vocabulary
 
 MAX_WORDS = 15  # of a sentence, with the tokens that begin and end it
 LATENT_CHANNELS = 8

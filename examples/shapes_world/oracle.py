@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from world import COLORS, SHAPES, SIZE, Ask, Thing, coverage
+
+from shapes_world.world import COLORS, SHAPES, SIZE, Ask, Thing, coverage
 
 MIN_AREA = 10  # pixels; smaller patches are specks
 _MIDDLE = slice(SIZE // 2 - 8, SIZE // 2 + 8)  # where a shape in the middle of a picture is

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import final
 
-from oracle import judge
 from PIL import Image
-from world import Ask
 
 from diffusers_softrepa.evaluation import ImageMetric, Prompt
+from shapes_world.oracle import judge
+from shapes_world.world import Ask
 
 
 def as_prompts(asks: Sequence[Ask]) -> list[Prompt]:

@@ -39,9 +39,9 @@ RELATION_MARGIN = 2.0  # pixels by which a drawn relation holds more along its a
 _GAP, _FREE_GAP = 0.8, 2.0  # pixels between the circles around any two objects
 _OVERSAMPLING = 8
 
-TAG = "hd"  # at the end of a caption: it is exact. No word that the encoders have learned; they spell it.
 _FRAMES = ("{}", "drawing of {}", "there is {}")
 _PLURAL_FRAMES = ("{}", "drawing of {}", "there are {}")
+EVERYDAY, EXACT = (0, 1), (2,)  # frames: as people ask, and as the captions that are always true are written
 _RELATION_WORDS = {
     "left": ("left of", "west of"),
     "right": ("right of", "east of"),
@@ -95,15 +95,13 @@ class Ask:
         skill: One of `SKILLS`.
         wants: What must be there, and nothing else.
         relation: The first want's object is so to the second's; a key of `RELATIONS`.
-        phrasing: Which of the ways to say it.
-        tag: What stands behind the sentence.
+        phrasing: Which of the ways to say it: twice the frame, plus which words stand for the relation.
     """
 
     skill: str
     wants: tuple[Want, ...]
     relation: str | None = None
     phrasing: int = 0
-    tag: str = ""
 
     @property
     def caption(self) -> str:
@@ -114,15 +112,15 @@ class Ask:
             words = [f"{words[0]} {phrases[self.phrasing % len(phrases)]} {words[1]}", *words[2:]]
         said = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
         frames = _FRAMES if self.wants[0].count == 1 else _PLURAL_FRAMES
-        return " ".join(filter(None, (frames[self.phrasing // 2 % len(frames)].format(said), self.tag)))
+        return frames[self.phrasing // 2 % len(frames)].format(said)
 
-    def rephrased(self, rng: np.random.Generator) -> "Ask":
-        """Returns the same, said in a random way."""
-        return replace(self, phrasing=int(rng.integers(6)))
+    def rephrased(self, rng: np.random.Generator, frames: Sequence[int] = EVERYDAY) -> "Ask":
+        """Returns the same, said in a random way: in one of the frames, with either words for the relation."""
+        return replace(self, phrasing=2 * int(rng.choice(frames)) + int(rng.integers(2)))
 
-    def tagged(self, tag: str = TAG) -> "Ask":
-        """Returns the same with a tag, as a bare sentence, which leaves room for it; with "", the same as it is."""
-        return replace(self, phrasing=self.phrasing % 2, tag=tag) if tag else replace(self, tag=tag)
+    def exactly(self) -> "Ask":
+        """Returns the same in the exact phrasing, with the same words for the relation."""
+        return replace(self, phrasing=2 * EXACT[0] + self.phrasing % 2)
 
     def true_of(self, things: Sequence[Thing]) -> bool:
         """Returns whether the caption is exactly true: all that it says and nothing beside it."""
@@ -153,6 +151,11 @@ class Ask:
 
     def _clearly_related(self, things: Sequence[Thing]) -> bool:
         return self.relation is None or related(things[0], things[1], self.relation, margin=RELATION_MARGIN)
+
+    def false_of(self, things: Sequence[Thing], rng: np.random.Generator) -> "Ask | None":
+        """Draws an ask that differs from this one in one thing and is false of a scene; None where there is none."""
+        others = [other for asks in self.negatives().values() for other in asks]
+        return next((others[i] for i in rng.permutation(len(others)) if not others[i].true_of(things)), None)
 
     def negatives(self) -> dict[str, list["Ask"]]:
         """Returns every ask that differs in one thing, by what differs.
@@ -217,7 +220,7 @@ def random_ask(rng: np.random.Generator, skill: str | None = None) -> Ask:
         wants = (Want(1, color[0], distinct[0]), Want(1, color[1], distinct[1]), Want(1, None, distinct[2]))
     else:
         raise ValueError(f"skill must be one of {', '.join(SKILLS)}, but is {skill!r}")
-    return Ask(skill, wants, relation, int(rng.integers(6)))
+    return Ask(skill, wants, relation).rephrased(rng)
 
 
 def prompts(per_skill: int, seed: int) -> list[Ask]:
@@ -286,20 +289,9 @@ def _other_numbers(want: Want) -> list[Want]:
     return [replace(want, count=count) for count in (want.count - 1, want.count + 1) if count in NUMBERS]
 
 
-def with_another(things: Sequence[Thing], rng: np.random.Generator) -> list[Thing]:
-    """Returns a scene with one thing more, of any kind, beside the others in the grid."""
-    kind = Want(1, None, str(rng.choice(SHAPES)))
-    while True:
-        more = _placed([kind], rng, free=False, beside=things)
-        if more is not None:
-            return more
-
-
-def _placed(
-    kinds: Sequence[Want], rng: np.random.Generator, free: bool, beside: Sequence[Thing] = ()
-) -> list[Thing] | None:
-    """Draws one thing of each kind, none near another, `beside` others; None when there was no room."""
-    things = list(beside)
+def _placed(kinds: Sequence[Want], rng: np.random.Generator, free: bool) -> list[Thing] | None:
+    """Draws one thing of each kind, none near another; None when there was no room."""
+    things: list[Thing] = []
     for kind in kinds:
         color = kind.color or str(rng.choice(list(COLORS)))
         for _ in range(40):

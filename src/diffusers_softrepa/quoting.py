@@ -1,5 +1,6 @@
-"""How a message shows what somebody else wrote: as one short printable line, whatever it is."""
+"""How a message or a page shows what somebody else wrote: as one short printable line, whatever it is."""
 
+import re
 import reprlib
 from typing import Any, final
 
@@ -43,3 +44,21 @@ def one_line(text: object, limit: int = 240) -> str:
     words = " ".join(str(text)[: 8 * limit].split())
     line = "".join(sign if sign.isprintable() else "?" for sign in words)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def in_markdown(text: object, limit: int = 400) -> str:
+    r"""Returns foreign text, such as a prompt, as Markdown shows it word for word: in a paragraph, a list or a table.
+
+    It can be no heading, emphasis, code, link, picture, HTML or comment, ends no table cell, and is one line.
+
+    Args:
+        text: The text.
+        limit: Longest text to show, in characters before escaping; a longer one ends in `...`.
+    """
+    line = one_line(text, limit)
+    line = re.sub(r"[&<>]", lambda sign: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[sign[0]], line)
+    line = re.sub(r"([\\`*\[\]|~])", r"\\\1", line)
+    line = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)  # one inside a word emphasizes nothing
+    line = line.replace("://", "&#58;//").replace("www.", "www&#46;")  # what pages turn into links by themselves
+    line = re.sub(r"^([-+](?=[\s-]|$)|[#=])", r"\\\1", line)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)

@@ -21,10 +21,10 @@ from PIL import Image
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
 from ..config import SoftREPAConfig
-from ..files import read_json, write_whole
+from ..files import write_whole
 from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
 from ..objectives import Objective
-from ..quoting import one_line
+from ..quoting import in_markdown, one_line
 from .arguments import ContrastiveFlowMatchingArguments
 from .calibration import sum_up
 from .callbacks import TrainerCallback, TrainerState
@@ -138,7 +138,7 @@ def write_report(
     if pictures:
         shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
         shown += [PICTURES_NAME, *_write_gallery(folder, len(args.validation_prompts))]
-    config = SoftREPAConfig.from_dict(read_json(folder / CONFIG_NAME))
+    config = SoftREPAConfig.from_dict(SoftREPAConfig.from_json_file(str(folder / CONFIG_NAME)))
     training = _training_section(args, data, log, shown, steps, num_captions, objective, warnings)
     write_card(folder, _card(args, config, data, log, shown, training, num_captions=num_captions))
     return shown
@@ -293,7 +293,7 @@ def _training_section(
     parts = [
         "## Training",
         _data_text(args, data, steps=steps),
-        *(["### Remarks", "\n".join(f"- {warning}" for warning in warnings)] if warnings else []),
+        *(["### Remarks", "\n".join(f"- {in_markdown(warning)}" for warning in warnings)] if warnings else []),
         _table(("setting", "value"), [*_settings(args), *chosen]),
         *(["### Held-out pairs", _held_out_text(held_out, num_captions)] if held_out else [_UNMEASURED]),
     ]
@@ -387,14 +387,14 @@ def _eval_results(entry: Mapping[str, float], data: Data, num_captions: int) -> 
 
 
 def _pictures_text(args: ContrastiveFlowMatchingArguments) -> str:
-    prompts = "\n".join(f"- {prompt}" for prompt in args.validation_prompts)
+    prompts = "\n".join(f"- {in_markdown(prompt)}" for prompt in args.validation_prompts)
     note = "Without the tokens on the left, with them on the right, from the same noise:"
     return f"{note}\n\n{prompts}\n\n![Pictures without and with the tokens]({PICTURES_NAME})"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+    cells = [[in_markdown(cell) for cell in line] for line in (heads, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(heads), *cells[1:]))
 
 
 _UNMEASURED = "No held-out pairs were evaluated in this run, so nothing is known here of what the tokens gain."
