@@ -162,6 +162,20 @@ def test_measuring_draws_nothing_from_the_run(tmp_path: Path, monkeypatch: pytes
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_loader_that_was_looked_into_is_measured_from_its_first_batch(tmp_path: Path):
+    plain, looked_into = (
+        trainer(tmp_path / "plain", max_steps=1, **EXPONENTIAL),
+        trainer(tmp_path / "looked", max_steps=1, **EXPONENTIAL),
+    )
+    for _ in range(2):  # all batches of the epoch but none of the next
+        next(iter(looked_into.loader))
+    position = looked_into.loader.state_dict()
+    for run in (plain, looked_into):
+        run.train()
+    assert plain.objective == looked_into.objective != Contrastive()
+    assert position["batches"] == 2
+
+
 # What is best, and what was gained.
 
 

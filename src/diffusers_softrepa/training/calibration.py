@@ -114,6 +114,7 @@ def calibrate(trainer: Any) -> None:
         ValueError: The batches hold no captions that are wrong for an image.
     """
     position, objective, measured = trainer.loader.state_dict(), trainer.objective, []
+    trainer.loader.load_state_dict({"epoch": position["epoch"], "batches": 0})  # somebody may have looked into it
     batches = iter(trainer.loader)
     for number, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
         pairs = trainer.data_collator(batch, Draws(trainer.args.seed, number, trainer.first_row))
