@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, softrepa_parameters
 from diffusers_softrepa.objectives import Contrastive, contrastive_loss
 from diffusers_softrepa.pairs import pair_errors
-from diffusers_softrepa.training.engine import PairBatch, PairEngine
+from diffusers_softrepa.training.step.engine import PairBatch, PairEngine
 
 CHUNK = 3
 NEGATIVES = 3

@@ -96,7 +96,7 @@ def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
         {**RECIPE, "hard": 2},
         train_batch_size=6,
         logging_steps=max(1, steps // 20),
-        validation_steps=max(1, steps // 4),
+        eval_steps=max(1, steps // 4),
         seed=seed,
     )
 

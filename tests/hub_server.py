@@ -257,6 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._info(repo_id, repo, "main")
             case "GET", ["revision", revision]:
                 return self._info(repo_id, repo, revision)
+            case "GET", ["auth-check", "write"]:
+                self._must_write(repo_id)
+                return {}
             case "GET", ["refs"]:
                 return _refs(repo)
             case "GET", ["tree", revision, *folder]:

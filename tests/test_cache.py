@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_softrepa.training import cache as cache_module
-from diffusers_softrepa.training.cache import CacheTooLarge, TensorCache, estimate, fill, model_fingerprint
+from diffusers_softrepa import files as files_module
+from diffusers_softrepa.training.data import cache as cache_module
+from diffusers_softrepa.training.data.cache import CacheTooLarge, TensorCache, estimate, fill, model_fingerprint
 
 NAMES = [f"a caption, number {number}" for number in range(10)]
 
@@ -174,13 +176,16 @@ def test_a_cache_larger_than_the_free_disk_is_refused(cache, monkeypatch):
 def test_a_full_disk_is_a_clear_error_and_leaves_whole_entries(cache, monkeypatch):
     fill(cache, NAMES[:2], compute, batch_size=1)
 
-    def full(path, content):
+    @contextmanager
+    def full(path, **_):
         with open(path, "wb") as file:
-            file.write(content[:10])
+            file.write(b"half")
+        Path(path).unlink()
         raise OSError(errno.ENOSPC, "No space left on device")
+        yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(files_module, "whole_file", full)
         with pytest.raises(OSError, match=r"the disk is full: .* what is there stays") as caught:
             fill(cache, NAMES, compute, batch_size=1)
     assert caught.value.errno == errno.ENOSPC
@@ -190,8 +195,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_whole_entries(cache, monkeypatc
 
 FILL_FOREVER = """
 import sys, torch
-sys.path.append(sys.argv[2])  # the room alone: the package would take seconds to import
-from cache import TensorCache, fill
+from diffusers_softrepa.training.data.cache import TensorCache, fill
 print("ready", flush=True)
 def compute(names):
     return [{"x": torch.full((50_000,), float(name))} for name in names]
@@ -200,8 +204,7 @@ fill(TensorCache(sys.argv[1], {"model": "tiny"}), map(str, range(3000)), compute
 
 
 def test_killed_in_the_middle_it_holds_whole_entries_and_goes_on(cache, tmp_path):
-    room = str(Path(cache_module.__file__).parent)
-    command = [sys.executable, "-c", FILL_FOREVER, str(tmp_path), room]
+    command = [sys.executable, "-c", FILL_FOREVER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         deadline = time.monotonic() + 60

@@ -94,7 +94,7 @@ def test_a_file_sets_what_the_command_line_does_not(cli: SimpleNamespace, tmp_pa
         "train_batch_size": 8,
         "aspect_buckets": True,
         "validation_prompts": ["-a cat", "two dogs"],
-        "optimizer_arguments": {"weight_decay": 0.5},
+        "optim_args": {"weight_decay": 0.5},
         "temperature": None,
     }
     file.write_text(json.dumps(content))
@@ -102,7 +102,7 @@ def test_a_file_sets_what_the_command_line_does_not(cli: SimpleNamespace, tmp_pa
     assert (model.stages, data.train_data) == (["down", "mid"], "photos")
     assert (args.max_steps, args.train_batch_size, args.seed, args.aspect_buckets) == (9, 8, 3, True)
     assert args.validation_prompts == ["-a cat", "two dogs"]
-    assert json.loads(args.optimizer_arguments) == {"weight_decay": 0.5}
+    assert json.loads(args.optim_args) == {"weight_decay": 0.5}
     assert cli.parse([str(file)])[2].max_steps == 7
 
 
@@ -129,7 +129,7 @@ def test_settings_can_be_written_with_hyphens(cli: SimpleNamespace):
         ([*NEEDED, "--objective", "best"], "invalid choice: 'best'"),
         ([*NEEDED, "--train_batch_size", "1"], "needs at least 1 negatives"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        ([*NEEDED], "user/model"),
+        ([*NEEDED], "photos"),
     ],
 )
 def test_a_wrong_command_line_is_a_sentence_and_exit_status_2(

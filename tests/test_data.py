@@ -9,8 +9,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from diffusers_softrepa.training.data import open_examples
-from diffusers_softrepa.training.images import content_id, decode, fetch
+from diffusers_softrepa.training.data.dataset import open_examples
+from diffusers_softrepa.training.data.image import content_id, decode, fetch
 
 COUNT = 7
 IMAGES = [Image.new("RGB", (6, 4), (10 * number, 0, 0)) for number in range(COUNT)]

@@ -53,7 +53,7 @@ def test_the_python_of_the_training_guide_runs(tmp_path: Path, monkeypatch: pyte
     short = functools.wraps(original)(lambda **settings: original(**(settings | SHORT)))
     monkeypatch.setattr(training, "ContrastiveFlowMatchingArguments", short)
     code = blocks("training.md", "python", marked=True)
-    assert len(code) == 4
+    assert len(code) == 6
     names: dict[str, Any] = {}
     for block in code:
         exec(block, names)
@@ -83,10 +83,10 @@ def test_the_command_lines_of_the_training_guide_are_understood(
 
 def test_every_setting_and_file_that_the_training_guide_names_exists():
     text = (DOCS / "training.md").read_text(encoding="utf-8")
-    from diffusers_softrepa.training import report
-    from diffusers_softrepa.training.journal import LOG_NAME
+    from diffusers_softrepa.training import card
+    from diffusers_softrepa.training.log import LOG_NAME
 
-    for name in (report.CURVES_NAME, report.PICTURES_NAME, report.SETTINGS_NAME, LOG_NAME):
+    for name in (card.CURVES_NAME, card.PICTURES_NAME, card.SETTINGS_NAME, LOG_NAME):
         assert f"`{name}`" in text
     settings = set(training.ContrastiveFlowMatchingArguments.__dataclass_fields__)
     assigned = set(re.findall(r"`(\w+)=", text)) - {"objective"}

@@ -13,7 +13,7 @@ from diffusers_softrepa import softrepa_parameters
 from diffusers_softrepa.noising import Noising
 from diffusers_softrepa.objectives import AGSM, Contrastive, Denoising, Objective, SoftRank
 from diffusers_softrepa.pairs import candidate_mask, pair_errors
-from diffusers_softrepa.training.engine import PairBatch, PairEngine
+from diffusers_softrepa.training.step.engine import PairBatch, PairEngine
 from golden import NAMES, Golden, golden
 
 CHUNKS = (1, 2, 3, 5, 16, None)

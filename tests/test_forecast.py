@@ -14,7 +14,7 @@ import tiny
 from diffusers_softrepa.conditioning.conditions import take
 from diffusers_softrepa.pairs import pair_errors
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.forecast import Forecast, activation_bytes, human_bytes
+from diffusers_softrepa.training.estimate import Estimate, activation_bytes, human_bytes
 
 
 def photos(count: int = 13) -> list[dict[str, Any]]:
@@ -71,14 +71,14 @@ def test_a_chunk_keeps_as_much_as_its_pairs_together(family: tiny.Family, tmp_pa
 
 
 def test_gradient_checkpointing_keeps_less(tmp_path: Path):
-    plain = trainer_of(tiny.FAMILIES[2], tmp_path).forecast()
-    checkpointed = trainer_of(tiny.FAMILIES[2], tmp_path, gradient_checkpointing=True).forecast()
+    plain = trainer_of(tiny.FAMILIES[2], tmp_path).estimate()
+    checkpointed = trainer_of(tiny.FAMILIES[2], tmp_path, gradient_checkpointing=True).estimate()
     assert checkpointed.activation_bytes_per_pair < plain.activation_bytes_per_pair / 2
 
 
 def test_the_counts_are_those_of_the_trainer(tmp_path: Path):
     trainer = trainer_of(tiny.FAMILIES[2], tmp_path, train_batch_size=6, gradient_accumulation_steps=2, max_steps=9)
-    found = trainer.forecast()
+    found = trainer.estimate()
     assert (found.steps, found.epochs, found.images) == (9, 9.0, 13)
     assert (found.images_per_step, found.captions_per_image, found.pairs_per_step) == (12, 6, 72)
     assert found.pairs_at_once == 12  # two rows of 6, which a chunk of 16 holds
@@ -101,13 +101,13 @@ def test_the_counts_are_those_of_the_trainer(tmp_path: Path):
     ],
 )
 def test_pairs_at_once_are_the_engines(tmp_path: Path, settings: dict[str, Any], pairs: int, at_once: int):
-    found = trainer_of(tiny.FAMILIES[0], tmp_path, **settings).forecast()
+    found = trainer_of(tiny.FAMILIES[0], tmp_path, **settings).estimate()
     assert (found.pairs_per_step, found.pairs_at_once) == (pairs, at_once)
 
 
 def test_agsm_keeps_predictions_and_an_average(tmp_path: Path):
-    plain = trainer_of(tiny.FAMILIES[0], tmp_path).forecast()
-    agsm = trainer_of(tiny.FAMILIES[0], tmp_path, objective="agsm").forecast()
+    plain = trainer_of(tiny.FAMILIES[0], tmp_path).estimate()
+    agsm = trainer_of(tiny.FAMILIES[0], tmp_path, objective="agsm").estimate()
     assert plain.prediction_bytes == 0
     assert agsm.prediction_bytes == 2 * 16 * 4 * 8 * 8 * 4
     assert agsm.trainable_parameters == 2 * plain.trainable_parameters
@@ -115,17 +115,24 @@ def test_agsm_keeps_predictions_and_an_average(tmp_path: Path):
 
 
 def test_the_caches_are_as_large_as_they_will_be(tmp_path: Path):
-    found = trainer_of(tiny.FAMILIES[2], tmp_path, cache_text=True, cache_latents=True).forecast()
+    found = trainer_of(tiny.FAMILIES[2], tmp_path, cache_text=True, cache_latents=True).estimate()
     trainer = trainer_of(
-        tiny.FAMILIES[2], tmp_path, cache_text=True, cache_latents=True, dry_run=False, max_steps=1, report_to="none"
+        tiny.FAMILIES[2],
+        tmp_path,
+        cache_text=True,
+        cache_latents=True,
+        objective="denoising",
+        dry_run=False,
+        max_steps=1,
+        report_to="none",
     )
     trainer.train()
-    text, latents = trainer._caches.text, trainer._caches.latents
+    text, latents = trainer.encoder.text, trainer.encoder.latents
     assert text is not None and latents is not None
     assert text.num_bytes() == found.text_cache_bytes + found.latent_cache_bytes // 13  # all images are one image
     assert (
         found.text_cache_bytes is not None
-        and trainer_of(tiny.FAMILIES[2], tmp_path).forecast().text_cache_bytes is None
+        and trainer_of(tiny.FAMILIES[2], tmp_path).estimate().text_cache_bytes is None
     )
 
 
@@ -133,7 +140,7 @@ def test_a_stream_has_no_length(tmp_path: Path):
     import datasets
 
     stream = datasets.Dataset.from_list(photos(4)).to_iterable_dataset()
-    found = trainer_of(tiny.FAMILIES[0], tmp_path, stream, max_steps=5, cache_text=True).forecast()
+    found = trainer_of(tiny.FAMILIES[0], tmp_path, stream, max_steps=5, cache_text=True).estimate()
     assert (found.images, found.epochs, found.text_cache_bytes) == (None, None, None)
     assert "an open number of epochs of a stream" in str(found)
 
@@ -146,7 +153,7 @@ def test_bytes_are_said_in_the_unit_that_keeps_them_short(size: float, text: str
 
 
 def test_what_is_zero_or_off_is_not_printed(tmp_path: Path):
-    found = trainer_of(tiny.FAMILIES[0], tmp_path).forecast()
-    assert isinstance(found, Forecast)
+    found = trainer_of(tiny.FAMILIES[0], tmp_path).estimate()
+    assert isinstance(found, Estimate)
     assert "predictions" not in str(found) and "cache" not in str(found)
     assert "predictions" in str(replace(found, prediction_bytes=5))

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from diffusers_softrepa.training import rows as rows_module
-from diffusers_softrepa.training.cache import TensorCache
-from diffusers_softrepa.training.data import open_examples
-from diffusers_softrepa.training.images import Framing
-from diffusers_softrepa.training.loader import PairLoader
-from diffusers_softrepa.training.plan import Slot, draw, draw_uniform
-from diffusers_softrepa.training.rows import fill_latents
+from diffusers_softrepa.training.data import loader as loader_module
+from diffusers_softrepa.training.data.cache import TensorCache
+from diffusers_softrepa.training.data.dataset import open_examples
+from diffusers_softrepa.training.data.encode import fill_latents
+from diffusers_softrepa.training.data.image import Framing
+from diffusers_softrepa.training.data.loader import PairLoader
+from diffusers_softrepa.training.data.sampler import Slot, draw, draw_uniform
 
 COUNT = 14
 SQUARE = Framing(16, multiple_of=8, crop="random", flip=True)
@@ -73,19 +73,40 @@ every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 def numbers(batches):
-    return [int(caption.split()[0]) for batch in batches for caption in batch.captions]
+    return [int(caption.split()[0]) for batch in batches for caption in captions(batch)]
+
+
+def captions(batch):
+    return [example.caption for example in batch]
+
+
+def names(batch):
+    return [example.name for example in batch]
+
+
+def pixels(batch):
+    return torch.stack([example.pixels for example in batch])
+
+
+def image_ids(batch):
+    return [example.image_id for example in batch]
+
+
+def size(batch):
+    (found,) = {example.size for example in batch}
+    return found
 
 
 def assert_equal(batches, others):
-    for one, other in zip(batches, others, strict=True):
-        assert (one.captions, one.negative_captions, one.names) == (
-            other.captions,
-            other.negative_captions,
-            other.names,
-        )
-        assert one.size == other.size
-        for name in ("pixels", "image_ids", "original_sizes", "crop_top_lefts"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for batch, other_batch in zip(batches, others, strict=True):
+        for one, other in zip(batch, other_batch, strict=True):
+            assert (one.caption, one.negative_captions, one.name) == (
+                other.caption,
+                other.negative_captions,
+                other.name,
+            )
+            assert (one.size, one.image_id) == (other.size, other.image_id)
+            assert torch.equal(one.pixels, other.pixels)
 
 
 def test_draws_are_what_they_have_always_been():
@@ -98,14 +119,14 @@ def test_draws_are_what_they_have_always_been():
 def test_a_batch_has_what_it_says():
     batch = next(iter(loader()))
     assert len(batch) == 3
-    assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == torch.float32 and batch.size == (16, 16)
-    assert batch.pixels.min() >= -1 and batch.pixels.max() <= 1 and batch.latents is None
-    for row, number in enumerate(numbers([batch])):
-        assert batch.captions[row] in ROWS[number]["text"]
-        assert batch.negative_captions[row] == ROWS[number]["negative_captions"]
-        assert tuple(batch.original_sizes[row]) == SHAPES[number % 4]
-        assert batch.names[row] == f"example {number} ({number}.png)"
-    assert batch.image_ids.dtype == torch.int64 and len(set(batch.image_ids.tolist())) == 3
+    assert pixels(batch).shape == (3, 3, 16, 16) and pixels(batch).dtype == torch.float32 and size(batch) == (16, 16)
+    assert pixels(batch).min() >= -1 and pixels(batch).max() <= 1
+    for example, number in zip(batch, numbers([batch]), strict=True):
+        assert example.latents is None and example.image is None
+        assert example.caption in ROWS[number]["text"]
+        assert list(example.negative_captions) == ROWS[number]["negative_captions"]
+        assert example.name == f"example {number} ({number}.png)"
+    assert all(0 <= identity < 2**63 for identity in image_ids(batch)) and len(set(image_ids(batch))) == 3
 
 
 @every_kind
@@ -160,9 +181,9 @@ def test_any_number_of_processes_makes_the_same_global_batches(make, world_size)
         shares = [list(rank) for rank in ranks]
         assert len(batches) > 0
         for batch, *parts in zip(batches, *shares, strict=True):
-            assert batch.captions == [caption for part in parts for caption in part.captions]
-            assert torch.equal(batch.pixels, torch.cat([part.pixels for part in parts]))
-            assert torch.equal(batch.image_ids, torch.cat([part.image_ids for part in parts]))
+            assert captions(batch) == [caption for part in parts for caption in captions(part)]
+            assert torch.equal(pixels(batch), torch.cat([pixels(part) for part in parts]))
+            assert image_ids(batch) == [identity for part in parts for identity in image_ids(part)]
 
 
 @every_kind
@@ -178,18 +199,16 @@ def test_epochs_differ_in_order_and_caption(make):
     examples = make(drop_last=False)
     first, second = list(examples), list(examples)
     assert numbers(first) != numbers(second)
-    captions = [
-        {int(text.split()[0]): text for batch in epoch for text in batch.captions} for epoch in (first, second)
-    ]
-    assert 0 < sum(captions[0][number] != captions[1][number] for number in range(COUNT)) < COUNT
+    drawn = [{int(text.split()[0]): text for batch in epoch for text in captions(batch)} for epoch in (first, second)]
+    assert 0 < sum(drawn[0][number] != drawn[1][number] for number in range(COUNT)) < COUNT
 
 
 @pytest.mark.parametrize("drawn", [{"crop": "random"}, {"flip": True}, {}], ids=["crop", "flip", "nothing"])
 def test_crops_and_flips_are_drawn_anew_in_every_epoch(drawn):
     examples = loader(framing=Framing(16, multiple_of=8, **drawn), shuffle=False)
     (first, *_), (second, *_) = list(examples), list(examples)
-    assert first.names == second.names and first.captions != second.captions
-    assert torch.equal(first.pixels, second.pixels) == (not drawn)
+    assert names(first) == names(second) and captions(first) != captions(second)
+    assert torch.equal(pixels(first), pixels(second)) == (not drawn)
 
 
 @pytest.mark.parametrize("framing", [SQUARE, BUCKETS], ids=["one size", "buckets"])
@@ -208,11 +227,11 @@ def test_a_buffer_as_long_as_the_stream_mixes_all_of_it():
 def test_each_batch_is_of_one_bucket(kind):
     sizes = set()
     for batch in KINDS[kind](drop_last=False):
-        assert batch.pixels.shape[-2:] == batch.size
-        assert batch.size in BUCKETS.sizes
-        for original in batch.original_sizes.tolist():
-            assert BUCKETS.size_of(tuple(original)) == batch.size
-        sizes.add(batch.size)
+        assert pixels(batch).shape[-2:] == size(batch)
+        assert size(batch) in BUCKETS.sizes
+        for number in numbers([batch]):
+            assert BUCKETS.size_of(SHAPES[number % 4]) == size(batch)
+        sizes.add(size(batch))
     assert len(sizes) == 3
 
 
@@ -220,12 +239,12 @@ def test_each_batch_is_of_one_bucket(kind):
 def test_the_length_is_the_number_of_batches(make):
     for options in ({}, {"drop_last": False}, {"batch_size": 4}):
         examples = make(**options)
-        if examples.size_counts is None:
+        if examples.order.size_counts is None:
             with pytest.raises(TypeError, match="the length of a stream shows at its end"):
                 len(examples)
         else:
             assert len(examples) == len(list(examples))
-            assert sum(examples.size_counts.values()) == COUNT
+            assert sum(examples.order.size_counts.values()) == COUNT
 
 
 def test_the_table_of_buckets_is_announced_and_small_ones_warned_of(caplog):
@@ -239,8 +258,8 @@ def test_the_table_of_buckets_is_announced_and_small_ones_warned_of(caplog):
 
 def test_skipped_batches_are_not_decoded(monkeypatch):
     decoded = []
-    decode = rows_module.decode
-    monkeypatch.setattr(rows_module, "decode", lambda image: decoded.append(image) or decode(image))
+    decode = loader_module.decode
+    monkeypatch.setattr(loader_module, "decode", lambda image: decoded.append(image) or decode(image))
     resumed = loader()
     resumed.load_state_dict({"epoch": 0, "batches": 3})
     assert len(list(resumed)) == 1 and len(decoded) == 3
@@ -276,8 +295,8 @@ def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, caplog
         batches, others = list(whole), list(damaged)
         assert damaged.num_broken == 2
         for batch, other in zip(batches, others, strict=True):
-            assert batch.size == other.size and len(batch) == len(other)
-            for number, caption, replaced in zip(numbers([batch]), batch.captions, other.captions, strict=True):
+            assert size(batch) == size(other) and len(batch) == len(other)
+            for number, caption, replaced in zip(numbers([batch]), captions(batch), captions(other), strict=True):
                 assert (caption == replaced) == (number not in (3, 7))
                 assert replaced.split()[0] not in ("3", "7")
     named = [record.getMessage() for record in caplog.records]
@@ -290,7 +309,7 @@ def test_a_broken_image_of_one_process_moves_no_row_of_another():
     alone = list(loader(stored(broken(3, 7)), batch_size=6, max_broken=2))
     ranks = [list(loader(stored(broken(3, 7)), rank=rank, world_size=2, max_broken=2)) for rank in range(2)]
     for batch, *parts in zip(alone, *ranks, strict=True):
-        assert torch.equal(batch.pixels, torch.cat([part.pixels for part in parts]))
+        assert torch.equal(pixels(batch), torch.cat([pixels(part) for part in parts]))
 
 
 def test_without_its_header_an_image_has_no_bucket_and_is_left_out():
@@ -379,15 +398,15 @@ def test_cached_latents_are_those_of_the_pixels_of_epoch_zero(framing, tmp_path,
     assert fill_latents(cache, stored(), framing, encode, batch_size=4, seed=5) == 0
     plain, cached = loader(framing=framing), loader(framing=framing, latents=cache)
     epochs = [list(plain), list(plain)]
-    monkeypatch.setattr(rows_module, "decode", None)  # nothing is decoded
+    monkeypatch.setattr(loader_module, "decode", None)  # nothing is decoded
     for epoch in range(2):
         for batch, other in zip(epochs[epoch], cached, strict=True):
-            assert (batch.captions, batch.names, batch.size) == (other.captions, other.names, other.size)
-            assert torch.equal(batch.image_ids, other.image_ids)
-            assert torch.equal(batch.original_sizes, other.original_sizes) and other.pixels is None
+            assert (captions(batch), names(batch), size(batch)) == (captions(other), names(other), size(other))
+            assert image_ids(batch) == image_ids(other)
+            assert all(example.pixels is None for example in other)
             if epoch == 0:
-                assert torch.equal(batch.crop_top_lefts, other.crop_top_lefts)
-                assert_close(other.latents, encode(batch.pixels))
+                latents = {key: torch.stack([row.latents[key] for row in other]) for key in other[0].latents}
+                assert_close(latents, encode(pixels(batch)))
 
 
 def test_the_same_image_in_several_rows_is_encoded_once(tmp_path):
@@ -399,7 +418,7 @@ def test_a_broken_image_is_left_out_of_the_cache_and_replaced_like_without_one(t
     cache, examples = TensorCache(tmp_path, {}), stored(broken(3))
     assert fill_latents(cache, examples, SQUARE, encode, batch_size=4, seed=5) == COUNT - 1
     plain, cached = (loader(examples, max_broken=1, latents=latents) for latents in (None, cache))
-    assert [batch.captions for batch in plain] == [batch.captions for batch in cached]
+    assert [captions(batch) for batch in plain] == [captions(batch) for batch in cached]
     with pytest.raises(ValueError, match=r"1 of about 14 examples are broken, more than the 0"):
         fill_latents(TensorCache(tmp_path, {"other": 1}), examples, SQUARE, encode, batch_size=4, max_broken=0)
 

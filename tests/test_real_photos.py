@@ -10,8 +10,8 @@ from torch.testing import assert_close
 import tiny
 from diffusers_softrepa import load_softrepa
 from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
-from diffusers_softrepa.training.batches import Draws
-from diffusers_softrepa.training.journal import read_log
+from diffusers_softrepa.training.log import read_log
+from diffusers_softrepa.training.step.collate import Draws
 from diffusers_softrepa.training.trainer import ContrastiveFlowMatchingTrainer
 from training_runs import pipeline
 
@@ -52,10 +52,10 @@ def test_photographs_go_from_files_to_pictures(tmp_path: Path, name: str):
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_the_loss_of_photographs_at_fixed_noise_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     run = photo_trainer(name, tmp_path, max_steps=20, learning_rate=0.1)
-    batch = next(iter(run._make_loader(run._train_examples, shuffle=False)))
-    pairs = run._pairs(batch, Draws(0, 0), torch.tensor([300.0, 500.0, 700.0, 900.0]))
-    assert len(set(batch.captions)) == 4 and all(batch.negative_captions)
-    monkeypatch.setattr(run, "_pairs", lambda *_: pairs)
+    batch = next(iter(run.get_eval_dataloader(PHOTOS)))
+    pairs = run.data_collator(batch, Draws(0, 0), torch.tensor([300.0, 500.0, 700.0, 900.0]))
+    assert len({example.caption for example in batch}) == 4 and all(example.negative_captions for example in batch)
+    monkeypatch.setattr(run, "data_collator", lambda *_: pairs)
     run.train()
     losses = [entry["loss"] for entry in read_log(tmp_path / "log.jsonl")]
     assert losses[-1] < losses[0] - 0.05
@@ -64,7 +64,7 @@ def test_the_loss_of_photographs_at_fixed_noise_falls(tmp_path: Path, monkeypatc
 
 def test_aspect_buckets_keep_the_shape_of_photographs(tmp_path: Path):
     run = photo_trainer("sd3", tmp_path, aspect_buckets=True, train_batch_size=2)
-    sizes = run.loader.size_counts
+    sizes = run.loader.order.size_counts
     assert sizes is not None and len(sizes) == 2
-    shapes = {tuple(batch.size) for batch in run.loader}
+    shapes = {example.size for batch in run.loader for example in batch}
     assert shapes == set(sizes)

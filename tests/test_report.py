@@ -6,16 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 import tiny
 from diffusers_softrepa.checkpoint import save_checkpoint
 from diffusers_softrepa.config import SoftREPAConfig
+from diffusers_softrepa.objectives import Contrastive
 from diffusers_softrepa.tokens import SoftTokens
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.report import Data, data_name, draw_curves, write_report
+from diffusers_softrepa.training.card import Data, data_name, draw_curves, write_report
 from diffusers_softrepa.training.validation import pictures_of_grid, side_by_side_grid
+from training_runs import At
 
 pytest_plugins = ["hub_server"]
 
@@ -161,7 +164,7 @@ def trainer_of(folder: Path, **settings: Any) -> ContrastiveFlowMatchingTrainer:
         resolution=16,
         max_steps=2,
         logging_steps=1,
-        validation_steps=1,
+        eval_steps=1,
         validation_prompts=["a cat"],
         num_validation_inference_steps=1,
         report_to="none",
@@ -195,7 +198,7 @@ def test_training_ends_with_a_report_that_is_pushed(hub: Any, tmp_path: Path):
 
 def test_a_second_push_keeps_what_was_written_on_the_hub(hub: Any, tmp_path: Path):
     token = hub.add_user("alice")
-    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="alice/mine", hub_private=True)
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="alice/mine", hub_private_repo=True)
     trainer.train()
     assert hub.repos["alice/mine"].private
     written = hub.files("alice/mine")["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1) + b"\nBy hand.\n"
@@ -213,7 +216,72 @@ def test_without_a_login_nothing_is_trained(hub: Any, tmp_path: Path):
 
 def test_a_refused_push_leaves_the_folder(hub: Any, tmp_path: Path):
     token = hub.add_user("alice")
-    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="bob/tokens")
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="alice/tokens")
+    trainer.callbacks.callbacks.append(At("on_step_end", 2, lambda _: hub.users.clear()))
     with pytest.raises(OSError, match=f"the adapter is saved in {tmp_path}"):
         trainer.train()
     assert (tmp_path / "README.md").is_file() and (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("alice/my tokens", ValueError, "can be no repository's name .* give a hub_model_id such as"),
+        ("x/y/z", ValueError, "can be no repository's name"),
+        (None, ValueError, "pushed to 'my tokens', which can be no repository's name"),
+        ("bob/tokens", OSError, "does not let you push to 'bob/tokens'.*rights"),
+        ("bob/his", OSError, "does not let you push to 'bob/his'.*rights to write"),
+    ],
+)
+def test_a_repository_that_cannot_be_pushed_to_is_refused_before_the_first_step(
+    hub: Any, tmp_path: Path, name: str | None, kind: type[Exception], message: str
+):
+    token = hub.add_user("alice")
+    hub.add_repo("bob/his", {})
+    folder = tmp_path / "my tokens"
+    trainer = trainer_of(folder, push_to_hub=True, hub_token=token, hub_model_id=name)
+    before = [parameter.clone() for parameter in trainer.parameters]
+    with pytest.raises(kind, match=message):
+        trainer.train()
+    assert not folder.exists()
+    assert all(map(torch.equal, before, trainer.parameters))
+
+
+def test_the_repository_is_there_before_the_first_step(hub: Any, tmp_path: Path):
+    token = hub.add_user("alice")
+    trainer = trainer_of(tmp_path, push_to_hub=True, hub_token=token, hub_model_id="tokens", hub_private_repo=True)
+    seen: list[bool] = []
+    trainer.callbacks.callbacks.append(
+        At("on_step_begin", 0, lambda _: seen.append(hub.repos["alice/tokens"].private))
+    )
+    trainer.train()
+    assert seen == [True]
+
+
+# What a card may claim.
+
+
+def test_without_held_out_pairs_the_card_claims_nothing_of_what_the_tokens_gain(folder: Path):
+    (folder / "log.jsonl").write_text(json.dumps(LOG[1]) + "\n")
+    card = reported(folder)
+    assert "No held-out pairs were evaluated in this run" in card
+    assert ModelCard(card).data.eval_results is None
+
+
+@pytest.mark.parametrize(("gain", "told"), [(0.05, "cannot be told from no change"), (0.25, "by +0.25 ± 0.06, the")])
+def test_a_held_out_gain_is_told_with_its_error(folder: Path, gain: float, told: str):
+    measured = {"held_out/top1_stderr": 0.08, "held_out/top1_gain": gain, "held_out/top1_gain_stderr": 0.06}
+    lines = [json.dumps(entry | (measured if entry["step"] == 20 else {})) for entry in LOG]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    card = reported(folder)
+    assert "0.5 ± 0.08" in card
+    assert told in card
+
+
+def test_remarks_of_the_run_and_a_chosen_objective_stand_in_the_card(folder: Path):
+    args = ContrastiveFlowMatchingArguments(output_dir=str(folder), validation_prompts=["a red cat"])
+    chosen = Contrastive(logits="linear", temperature=0.013)
+    write_report(args, Data(8), steps=20, num_captions=4, objective=chosen, warnings=["the logits were saturated"])
+    card = (folder / "README.md").read_text()
+    assert "### Remarks\n\n- the logits were saturated" in card
+    assert "| logits (chosen) | linear |" in card and "| temperature (chosen) | 0.013 |" in card

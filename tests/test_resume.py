@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from diffusers_softrepa.training.checkpoints import STATE_NAME
-from diffusers_softrepa.training.journal import read_log
-from training_runs import assert_same_run, start, train_until_killed, trainer
+from diffusers_softrepa.training.log import read_log
+from training_runs import At, assert_same_run, start, train_until_killed, trainer
 
 RUNS: dict[str, dict[str, Any]] = {
     "accumulation, clipping and an average": {
@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "buckets": {"data": "buckets", "held_out": 9, "aspect_buckets": True, "random_crop": True, "random_flip": True},
     "a stream": {"data": "stream"},
-    "warm restarts": {"lr_update_steps": 1, "lr_restart_period": 2, "optimizer": "SGD", "logging_steps": 4},
+    "warm restarts": {"lr_update_steps": 1, "lr_restart_period": 2, "optim": "SGD", "logging_steps": 4},
     "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "logging_steps": 4},
     "caches": {"cache_latents": True, "cache_text": True, "objective": "soft_rank", "temperature": 0.5},
 }
@@ -98,16 +98,8 @@ def test_sigterm_saves_and_exits_with_0(tmp_path: Path):
 def test_a_stopped_run_goes_on_in_the_same_process(tmp_path: Path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     trainer(whole).train()
-    run = trainer(stopped)
-    take_step = run._train_step
-
-    def step(batches: Any) -> Any:
-        if run.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(batches)
-
+    run = trainer(stopped, callbacks=[At("on_step_begin", 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))])
     former = signal.getsignal(signal.SIGTERM)
-    run._train_step = step
     result = run.train()
     assert (result.step, result.finished) == (3, False)
     assert signal.getsignal(signal.SIGTERM) is former
@@ -121,7 +113,7 @@ def test_a_stopped_run_goes_on_in_the_same_process(tmp_path: Path):
         {"learning_rate": 2e-3},
         {"objective": "agsm"},
         {"ema_decay": 0.9},
-        {"optimizer": "SGD"},
+        {"optim": "SGD"},
         {"gradient_accumulation_steps": 2},
         {"train_batch_size": 2},
         {"seed": 1},
@@ -148,7 +140,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_may_be_made_longer_and_judged_otherwise(tmp_path: Path):
     train_until_killed(trainer(tmp_path), "step-3")
-    changed = {"max_steps": 7, "save_steps": 5, "validation_steps": 7, "pair_chunk_size": 2, "logging_steps": 3}
+    changed = {"max_steps": 7, "save_steps": 5, "eval_steps": 7, "pair_chunk_size": 2, "logging_steps": 3}
     assert trainer(tmp_path, **changed, resume_from_checkpoint="latest").train().step == 7
 
 
@@ -177,10 +169,10 @@ def test_a_checkpoint_that_is_not_there_is_an_error(interrupted: Path):
 def test_a_folder_without_a_state_is_no_checkpoint(tmp_path: Path):
     train_until_killed(trainer(tmp_path), "step-5")
     (tmp_path / "checkpoint-4" / STATE_NAME).unlink()
-    run = trainer(tmp_path, resume_from_checkpoint="latest")
-    run._resume()
-    assert run.step == 2
-    assert run.train().finished
+    begun: list[int] = []
+    begin = At("on_train_begin", None, lambda run: begun.append(run.state.global_step))
+    assert trainer(tmp_path, resume_from_checkpoint="latest", callbacks=[begin]).train().finished
+    assert begun == [2]
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path: Path):

@@ -18,13 +18,13 @@ from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, save
 from diffusers_softrepa import checkpoint as checkpoint_room
 from diffusers_softrepa.pipeline import denoiser_of, get_softrepa_adapters
 from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
-from diffusers_softrepa.training.batches import Draws, draw_noise, draw_timesteps
 from diffusers_softrepa.training.checkpoints import Checkpoints
-from diffusers_softrepa.training.engine import PairStep
-from diffusers_softrepa.training.journal import read_log
+from diffusers_softrepa.training.log import read_log
 from diffusers_softrepa.training.optimization import Schedule, make_optimizer
+from diffusers_softrepa.training.step.collate import Draws, draw_noise, draw_timesteps
+from diffusers_softrepa.training.step.engine import PairStep
 from diffusers_softrepa.training.trainer import ContrastiveFlowMatchingTrainer
-from training_runs import QUICK, pipeline, rows, stream, trainer
+from training_runs import QUICK, At, pipeline, rows, stream, trainer
 
 FAMILY_NAMES = [family.name for family in tiny.FAMILIES]
 
@@ -84,7 +84,7 @@ def test_the_average_is_what_is_saved_and_what_the_pipeline_ends_with(tmp_path: 
 
 
 def test_max_grad_norm_clips_the_gradient(tmp_path: Path):
-    settings = {"optimizer": "SGD", "optimizer_arguments": "{}", "learning_rate": 1.0, "max_steps": 1, "save_steps": 9}
+    settings = {"optim": "SGD", "optim_args": "{}", "learning_rate": 1.0, "max_steps": 1, "save_steps": 9}
     moved = []
     for limit in (None, 1e-4):
         run = trainer(tmp_path / str(limit), max_grad_norm=limit, **settings)
@@ -124,10 +124,7 @@ def test_float16_halves_the_loss_scale_until_gradients_fit(tmp_path: Path, monke
 
     monkeypatch.setattr(run.engine, "step", step)
     before, moved = tokens_of(run), []
-    update = run._update
-    monkeypatch.setattr(
-        run, "_update", lambda *args: (update(*args), moved.append(not tokens_of(run).equal(before)))[0]
-    )
+    run.callbacks.callbacks.append(At("on_step_end", None, lambda run: moved.append(not tokens_of(run).equal(before))))
     run.train()
     assert run.engine.loss_scale == 2.0**12
     assert moved == [False, False, True, True]
@@ -137,7 +134,7 @@ def test_float16_halves_the_loss_scale_until_gradients_fit(tmp_path: Path, monke
 def test_the_loss_scale_is_taken_out_of_the_gradients_again(tmp_path: Path):
     ends = []
     for scale in (1.0, 2.0**14):
-        run = trainer(tmp_path / str(scale), max_steps=2, optimizer="SGD", learning_rate=0.1)
+        run = trainer(tmp_path / str(scale), max_steps=2, optim="SGD", learning_rate=0.1)
         run.engine.loss_scale = scale
         run.train()
         ends.append(tokens_of(run))
@@ -202,7 +199,7 @@ def without_logits() -> dict[str, Any]:
     ],
 )
 def test_any_optimizer_trains(tmp_path: Path, optimizer: str, arguments: str):
-    run = trainer(tmp_path, optimizer=optimizer, optimizer_arguments=arguments, max_steps=2)
+    run = trainer(tmp_path, optim=optimizer, optim_args=arguments, max_steps=2)
     before = tokens_of(run)
     run.train()
     assert not tokens_of(run).equal(before)
@@ -212,13 +209,13 @@ def test_any_optimizer_trains(tmp_path: Path, optimizer: str, arguments: str):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "AdamX"}, "optimizer='AdamX'.*has no attribute 'AdamX'; name a class of torch.optim"),
-        ({"optimizer": "no_such_package.Adam"}, "No module named 'no_such_package'"),
-        ({"optimizer": "lr_scheduler"}, "makes no optimizer"),
-        ({"optimizer": "torch.nn.Linear"}, "Linear is no optimizer class"),
-        ({"optimizer": "LBFGS", "optimizer_arguments": "{}"}, "LBFGS computes losses of its own"),
-        ({"optimizer_arguments": '{"speed": 3}'}, "unexpected keyword argument 'speed'"),
-        ({"optimizer_arguments": '{"betas": [2, 3]}'}, "Invalid beta"),
+        ({"optim": "AdamX"}, "optim='AdamX'.*has no attribute 'AdamX'; name a class of torch.optim"),
+        ({"optim": "no_such_package.Adam"}, "No module named 'no_such_package'"),
+        ({"optim": "lr_scheduler"}, "makes no optimizer"),
+        ({"optim": "torch.nn.Linear"}, "Linear is no optimizer class"),
+        ({"optim": "LBFGS", "optim_args": "{}"}, "LBFGS computes losses of its own"),
+        ({"optim_args": '{"speed": 3}'}, "unexpected keyword argument 'speed'"),
+        ({"optim_args": '{"betas": [2, 3]}'}, "Invalid beta"),
         ({"lr_scheduler": "warm"}, "lr_scheduler='warm' makes no schedule"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler='piecewise_constant' makes no schedule"),
     ],
@@ -280,20 +277,17 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     run = trainer(tmp_path, max_steps=6, max_nonfinite_steps=2, save_steps=1, ema_decay=0.5)
     steps: set[int] = set()
     tokens = [tokens_of(run)]
-    take_step, update = run.engine.step, run._update
+    take_step = run.engine.step
 
     def step(*args: Any, **settings: Any) -> PairStep:
         done = take_step(*args, **settings)
-        return PairStep(done.loss * math.nan, done.errors, done.gradients) if run.step in steps else done
+        return PairStep(done.loss * math.nan, done.errors, done.gradients) if run.state.global_step in steps else done
 
-    def updated(*args: Any) -> float:
-        try:
-            return update(*args)
-        finally:
-            tokens.append(tokens_of(run))
+    def remember(run: Any) -> None:
+        tokens.append(tokens_of(run))
 
     monkeypatch.setattr(run.engine, "step", step)
-    monkeypatch.setattr(run, "_update", updated)
+    run.callbacks.callbacks += [At("on_step_end", None, remember), At("on_exception", None, remember)]
     yield run, steps, tokens
 
 
@@ -350,7 +344,7 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
     save = torch.save
 
     def full(*args: Any, **settings: Any) -> None:
-        if run.step == 4:
+        if run.state.global_step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         if where == "state":
             save(*args, **settings)
@@ -358,8 +352,8 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
     if where == "state":
         monkeypatch.setattr(torch, "save", full)
     else:
-        write = checkpoint_room._write_whole
-        monkeypatch.setattr(checkpoint_room, "_write_whole", lambda *args: (full(), write(*args))[1])
+        write = checkpoint_room.write_whole
+        monkeypatch.setattr(checkpoint_room, "write_whole", lambda *args: (full(), write(*args))[1])
     with pytest.raises(OSError, match=r"checkpoint of step 4 could not be written .* space left .* from checkpoint-2"):
         run.train()
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
@@ -367,9 +361,9 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
     assert trainer(tmp_path, save_steps=2, max_steps=4, resume_from_checkpoint="latest").train().finished
 
 
-def test_a_full_disk_as_torch_tells_it_is_an_error_too(tmp_path: Path):
+def test_a_full_disk_as_torch_tells_it_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = trainer(tmp_path, max_steps=1)
-    run._state = lambda: {"big": FullDisk()}
+    monkeypatch.setattr(run.optimizer, "state_dict", lambda: {"big": FullDisk()})
     with pytest.raises(OSError, match=r"could not be written .* resume from the start: there is no checkpoint yet"):
         run.train()
 
@@ -407,10 +401,13 @@ def test_too_few_held_out_images_show_before_training(tmp_path: Path):
         ContrastiveFlowMatchingTrainer(pipeline(), args, rows()).evaluate()
 
 
-def test_saturated_logits_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_saturated_logits_are_told_before_the_first_step_and_again_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     trainer(tmp_path / "saturated", logits="exponential", temperature=0.05, max_steps=3).train()
     told = [record for record in caplog.records if "contrast teaches nothing" in record.getMessage()]
-    assert len(told) == 1
+    assert len(told) == 2
+    assert "contrast teaches nothing" in (tmp_path / "saturated" / "README.md").read_text()
     caplog.clear()
     trainer(tmp_path / "fine", logits="exponential", temperature=1.0, max_steps=1).train()
     trainer(tmp_path / "linear", temperature=0.05, max_steps=1).train()
@@ -427,7 +424,7 @@ def test_old_checkpoints_go_first(tmp_path: Path):
 
 
 def test_the_best_adapter_by_held_out_top1_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = trainer(tmp_path, validation_steps=1, max_steps=4, ema_decay=0.5)
+    run = trainer(tmp_path, eval_steps=1, max_steps=4, ema_decay=0.5)
     scores, seen = iter([0.2, 0.5, 0.5, 0.9, 0.4]), []
 
     def evaluate() -> dict[str, float]:
@@ -436,7 +433,7 @@ def test_the_best_adapter_by_held_out_top1_is_kept(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(run, "evaluate", evaluate)
     run.train()
-    assert run.best == 0.9
+    assert run.state.best_metric == 0.9
     fresh = pipeline()
     load_softrepa(fresh, tmp_path / "best")
     assert_close(softrepa_parameters(fresh)["tokens"].detach(), seen[3], rtol=0, atol=0)
@@ -452,7 +449,7 @@ def test_evaluation_is_the_same_each_time_and_independent_of_training_draws(tmp_
 
 
 def test_validation_pictures_stand_side_by_side_from_the_same_noise(tmp_path: Path):
-    drawn = {"validation_prompts": ["a cat", "a dog"], "num_validation_inference_steps": 2, "validation_steps": 2}
+    drawn = {"validation_prompts": ["a cat", "a dog"], "num_validation_inference_steps": 2, "eval_steps": 2}
     run = trainer(tmp_path, max_steps=2, learning_rate=3.0, **drawn)
     progress_bar = getattr(run.pipeline, "_progress_bar_config", None)
     run.train()
@@ -473,7 +470,7 @@ def picture(path: Path) -> torch.Tensor:
 
 def test_the_log_holds_means_since_the_last_entry(tmp_path: Path):
     for name, every in (("each", 1), ("third", 3)):
-        trainer(tmp_path / name, logging_steps=every, max_steps=4, validation_steps=9).train()
+        trainer(tmp_path / name, logging_steps=every, max_steps=4, eval_steps=9).train()
     each, third = ([e for e in read_log(tmp_path / name / "log.jsonl") if "loss" in e] for name in ("each", "third"))
     assert [entry["step"] for entry in third] == [3, 4]
     for figure in ("loss", "top1", "margin"):

@@ -21,9 +21,9 @@ from diffusers_softrepa import (
 )
 from diffusers_softrepa.pipeline import denoiser_of
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.batches import Draws
-from diffusers_softrepa.training.engine import PairBatch
-from diffusers_softrepa.training.journal import read_log
+from diffusers_softrepa.training.log import read_log
+from diffusers_softrepa.training.step.collate import Draws
+from diffusers_softrepa.training.step.engine import PairBatch
 from training_runs import QUICK, rows
 from zoo_pipelines import ELDERS, ZOO, Entry
 
@@ -44,14 +44,14 @@ def pipeline(entry: Entry) -> Any:
 
 
 def trainer(entry: Entry, output_dir: Path, pipe: Any = None, **settings: Any) -> ContrastiveFlowMatchingTrainer:
-    quick = QUICK | {"max_sequence_length": entry.length, "validation_steps": 99, "save_steps": 99} | settings
+    quick = QUICK | {"max_sequence_length": entry.length, "eval_steps": 99, "save_steps": 99} | settings
     args = ContrastiveFlowMatchingArguments(output_dir=str(output_dir), **quick)
     return ContrastiveFlowMatchingTrainer(pipeline(entry) if pipe is None else pipe, args, rows(3))
 
 
 def batch_of(run: ContrastiveFlowMatchingTrainer) -> PairBatch:
     """Returns the first batch of a run, noised once."""
-    return run._pairs(next(iter(run.loader)), Draws(seed=0, batch=0))
+    return run.data_collator(next(iter(run.loader)), Draws(seed=0, batch=0))
 
 
 @pytest.mark.parametrize("entry", (ELDERS | ZOO).values(), ids=ELDERS | ZOO)
@@ -60,7 +60,7 @@ def test_twenty_steps_lower_the_loss_of_a_batch_and_a_fresh_pipeline_draws_with_
 ):
     run = trainer(entry, tmp_path, max_steps=STEPS, learning_rate=0.04, temperature=0.002)
     batch = batch_of(run)
-    monkeypatch.setattr(run, "_pairs", lambda *_: batch)
+    monkeypatch.setattr(run, "data_collator", lambda *_: batch)
     assert run.train().finished
     losses = [entry["loss"] for entry in read_log(tmp_path / "log.jsonl") if "loss" in entry]
     assert len(losses) == STEPS
@@ -77,7 +77,7 @@ def test_twenty_steps_lower_the_loss_of_a_batch_and_a_fresh_pipeline_draws_with_
 def test_half_precision_trains_and_validates_with_guidance(name: str, tmp_path: Path):
     drawn = {"validation_prompts": ["a cat"], "num_validation_inference_steps": 2, "validation_guidance_scale": 2.0}
     sizes = {"resolution": 32, "mixed_precision": "bf16", "objective": "agsm", "temperature": None, "logits": "linear"}
-    run = trainer(ZOO[name], tmp_path, max_steps=1, validation_steps=1, **drawn, **sizes)
+    run = trainer(ZOO[name], tmp_path, max_steps=1, eval_steps=1, **drawn, **sizes)
     before = [parameter.detach().clone() for parameter in run.parameters]
     result = run.train()
     assert math.isfinite(result.metrics["loss"])
@@ -107,7 +107,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are_or_is_refused(entry: Ent
 @every_entry
 def test_captions_of_a_cache_train_as_fresh_ones_do(entry: Entry, tmp_path: Path):
     runs = [trainer(entry, tmp_path, cache_text=cached, max_steps=1) for cached in (False, True, True)]
-    conditions = [run.inputs.conditions(["a red cat", "two dogs, a tree"]) for run in runs]
+    conditions = [run.encoder.encode_captions(["a red cat", "two dogs, a tree"]) for run in runs]
     for cached in conditions[1:]:
         assert_close(cached, conditions[0])
 
@@ -117,12 +117,12 @@ def test_families_of_one_text_encoder_do_not_share_a_cache_of_text(tmp_path: Pat
     runs = [trainer(ZOO[name], tmp_path / name, **settings) for name in ("pixart-alpha", "pixart-sigma")]
     encoders = [run.pipeline.text_encoder.state_dict() for run in runs]
     assert_close(encoders[0], encoders[1], rtol=0, atol=0)
-    assert len({run._caches.text.folder for run in runs}) == 2
+    assert len({run.encoder.text.folder for run in runs}) == 2
 
 
 def test_a_dry_run_measures_a_family_whose_text_is_ragged(tmp_path: Path):
-    forecast = trainer(ZOO["zimage"], tmp_path, max_steps=1).forecast()
-    assert forecast.steps == 1
+    found = trainer(ZOO["zimage"], tmp_path, max_steps=1).estimate()
+    assert found.steps == 1
 
 
 # Their own pipelines, from the adapter on.

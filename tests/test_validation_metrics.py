@@ -11,7 +11,7 @@ from PIL import Image
 import training_runs
 from diffusers_softrepa.evaluation import ImageMetric
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.journal import read_log
+from diffusers_softrepa.training.log import read_log
 from evaluation_runs import REFERENCES, ColorDistance
 
 
@@ -34,7 +34,7 @@ class Brightness(ImageMetric):
 def trainer(folder: Path, **given: Any) -> ContrastiveFlowMatchingTrainer:
     settings = training_runs.QUICK | {
         "max_steps": 2,
-        "validation_steps": 1,
+        "eval_steps": 1,
         "validation_prompts": ["a cat", "a dog"],
         "num_validation_inference_steps": 1,
     }

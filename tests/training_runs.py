@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 import tiny
-from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
+from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments, with_new_names
+from diffusers_softrepa.training.callbacks import TrainerCallback
 from diffusers_softrepa.training.checkpoints import STATE_NAME
-from diffusers_softrepa.training.journal import read_log
+from diffusers_softrepa.training.log import read_log
 from diffusers_softrepa.training.trainer import ContrastiveFlowMatchingTrainer
 
 TIMES = ("seconds_per_step", "pairs_per_second")
@@ -30,7 +31,7 @@ QUICK: dict[str, Any] = {
     "max_steps": 6,
     "save_steps": 2,
     "logging_steps": 1,
-    "validation_steps": 3,
+    "eval_steps": 3,
     "num_evaluation_batches": 1,
     "logits": "linear",
     "temperature": 1.0,
@@ -86,26 +87,43 @@ def pipeline(name: str = "sd3") -> Any:
 
 
 def trainer(
-    output_dir: Path | str, data: Any = "plain", *, family: str = "sd3", held_out: int = 4, **settings: Any
+    output_dir: Path | str,
+    data: Any = "plain",
+    *,
+    family: str = "sd3",
+    held_out: int = 4,
+    callbacks: Any = (),
+    **settings: Any,
 ) -> Any:
     """Returns a trainer of a tiny pipeline, with a few held-out images."""
-    args = ContrastiveFlowMatchingArguments(output_dir=str(output_dir), **QUICK | settings)
-    train = DATA[data]() if isinstance(data, str) else data
-    return ContrastiveFlowMatchingTrainer(pipeline(family), args, train, rows(held_out, seed=1))
+    args = ContrastiveFlowMatchingArguments(output_dir=str(output_dir), **QUICK | with_new_names(settings))
+    train = DATA[data]() if isinstance(data, str) and data in DATA else data
+    held_out_rows = rows(held_out, seed=1)
+    return ContrastiveFlowMatchingTrainer(pipeline(family), args, train, held_out_rows, callbacks=callbacks)
+
+
+class At(TrainerCallback):
+    """Does something at an event of a step.
+
+    Args:
+        event: Its name, such as `on_step_begin`.
+        step: The `global_step` at which it is done; None for every one.
+        action: Called with the trainer.
+    """
+
+    def __init__(self, event: str, step: int | None, action: Callable[[Any], Any]) -> None:
+        def act(_args: Any, state: Any, _control: Any, **given: Any) -> None:
+            if step is None or state.global_step == step:
+                action(given["trainer"])
+
+        setattr(self, event, act)
 
 
 def train_until_killed(run: Any, fatal: str) -> None:
     """Trains until it is killed: `step-3` as step 3 would begin, `save-4` in the midst of writing checkpoint 4."""
     kind, number = fatal.split("-")
     if kind == "step":
-        take_step = run._train_step
-
-        def step(batches: Any) -> Any:
-            if run.step == int(number):
-                raise Killed
-            return take_step(batches)
-
-        run._train_step = step
+        run.callbacks.callbacks.append(At("on_step_begin", int(number), _raise_killed))
     else:
         kill_in_save(run, int(number), _raise_killed)
     try:
@@ -117,27 +135,22 @@ def train_until_killed(run: Any, fatal: str) -> None:
 
 def kill_in_save(run: Any, step: int, die: Any) -> None:
     """Lets a run die when the state of the checkpoint of a step is written by half."""
-    take_state = run._state
 
-    def state() -> Any:
-        found = take_state()
-        if run.step != step:
-            return found
+    def spoil(_run: Any) -> None:
         torch_save = torch.save
 
         def save(_state: Any, file: Any) -> None:
             torch.save = torch_save
             file.write(b"PK half a checkpoint")
             file.flush()
-            die()
+            die(_run)
 
         torch.save = save
-        return found
 
-    run._state = state
+    run.callbacks.callbacks.append(At("on_step_end", step, spoil))
 
 
-def _raise_killed() -> None:
+def _raise_killed(_run: Any) -> None:
     raise Killed
 
 
@@ -197,7 +210,7 @@ def main() -> None:
         fatal = settings.pop("fatal", None)
         run = trainer(**settings)
         if fatal is not None:
-            kill_in_save(run, int(fatal), lambda: os.kill(os.getpid(), signal.SIGKILL))
+            kill_in_save(run, int(fatal), lambda _: os.kill(os.getpid(), signal.SIGKILL))
         print(f"finished: {run.train().finished}", flush=True)
 
 

@@ -86,11 +86,11 @@ def train_tokens(
         folder: Where the adapter is written.
         steps: Optimizer steps.
         rows: To learn from; with `negatives` where the recipe has `hard`.
-        held_out: To measure on, after the last step unless `validation_steps` is among the changes.
+        held_out: To measure on, after the last step unless `eval_steps` is among the changes.
         recipe: What differs from the trainer's defaults; `config` is that of the tokens.
         changes: The same, over the recipe.
     """
-    settings = {"validation_steps": steps, **recipe, **changes}
+    settings = {"eval_steps": steps, **recipe, **changes}
     hard, config = settings.pop("hard", 0), settings.pop("config", {})
     negatives = {"negative_caption_column": "negatives"} if hard else {}
     arguments = trainer_arguments(folder, steps, **negatives, **settings)

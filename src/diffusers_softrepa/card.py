@@ -26,7 +26,7 @@ _PICTURE = re.compile(r"!\[[^\[\]]{0,1000}\]\(([^()\s]{1,1000})\)")
 
 _ADAPTER = """# SoftREPA adapter{for_base}
 
-Soft text tokens for a frozen {family} denoiser: {count:,} numbers that raise how well pictures match their prompts.
+Soft text tokens for a frozen {family} denoiser: {count:,} numbers trained for pictures that match their prompts.
 
 ## Use it
 

@@ -15,6 +15,7 @@ where a = alphas_cumprod[t] is the scheduler's own table. All of it in float32, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -145,7 +146,7 @@ def sample_timesteps(
     mean: float = 0.0,
     std: float = 1.0,
     shift: float = 3.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Samples training timesteps t = 1000 s, on the CPU so that a seed means the same on every device.
 
@@ -156,7 +157,7 @@ def sample_timesteps(
         mean: Of "logit_normal"; above 0 favours noise.
         std: Of "logit_normal"; positive.
         shift: Of "shifted"; positive, above 1 favours noise. SD3 samples with 3.
-        generator: CPU generator; None for the global one.
+        generator: CPU generator, or one for each; None for the global one.
 
     Returns:
         Timesteps, (num_samples,) float32 in [0, 1000). `Noising.round_timestep` makes them integers where needed.
@@ -171,12 +172,13 @@ def sample_timesteps(
         raise ValueError(f"density must be one of {get_args(TimestepDensity)} but got {density!r}")
     if std <= 0 or shift <= 0:
         raise ValueError(f"std and shift must be positive but got std={std} and shift={shift}")
-    if density == "logit_normal":
-        sigma = torch.sigmoid(
-            mean + std * torch.randn(num_samples, generator=generator, dtype=torch.float32, device="cpu")
-        )
+    draw: Any = torch.randn if density == "logit_normal" else torch.rand
+    if isinstance(generator, Sequence):
+        drawn = [draw(1, generator=one, dtype=torch.float32, device="cpu") for one in generator]
     else:
-        sigma = torch.rand(num_samples, generator=generator, dtype=torch.float32, device="cpu")
+        drawn = [draw(num_samples, generator=generator, dtype=torch.float32, device="cpu")]
+    # Each on its own: the last bit of a sigmoid may depend on how many are computed at once.
+    sigma = torch.cat([torch.sigmoid(mean + std * part) for part in drawn] if density == "logit_normal" else drawn)
     if density == "shifted":
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return (NUM_TRAIN_TIMESTEPS * sigma).clamp(max=_LAST_TIMESTEP)

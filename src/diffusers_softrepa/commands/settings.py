@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,7 +66,7 @@ def parse(
     classes: Sequence[type],
     argv: Sequence[str],
     *,
-    defaults: Mapping[str, Any] | None = None,
+    renamed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> tuple[Any, ...]:
     """Returns the settings of a command line and of the file that it names, one object for each class.
 
@@ -77,7 +77,7 @@ def parse(
         meaning: What it does, for `--help`.
         classes: Dataclasses of settings.
         argv: The command line.
-        defaults: Values by name that go before the classes' own, and behind the file's.
+        renamed: Gives the settings of a file that was written before their present names.
 
     Raises:
         ValueError: A setting is unknown, missing or out of range, or the file is not YAML or JSON.
@@ -100,12 +100,11 @@ def parse(
     # `run` takes this word off the command line before it comes here; it is named for --help alone.
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     known = {action.dest: action for action in parser._actions}
-    parser.set_defaults(**defaults or {})
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     file = first.parse_known_args(words)[0].config
     if file is not None:
-        settings = read_settings(Path(file).expanduser())
+        settings = renamed(read_settings(Path(file).expanduser()))
         _check_known(settings, known.keys() - {"help", "config", "debug"}, file)
         for key in settings:
             known[key].required = False

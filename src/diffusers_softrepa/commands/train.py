@@ -8,8 +8,6 @@ The options are the fields of `ContrastiveFlowMatchingArguments` and those below
 parameters and memory, and trains nothing.
 """
 
-import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,9 +18,10 @@ from ..conditioning import conditioner_of
 from ..conditioning.text import text_stream
 from ..config import SoftREPAConfig
 from ..pipeline import add_softrepa, denoiser_of, load_softrepa
-from ..training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
+from ..training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer, check_run
+from ..training.arguments import with_new_names
 from ..training.checkpoints import Checkpoints
-from ..training.sources import load_rows
+from ..training.data.dataset import load_rows
 from .models import Precision, load_pipeline
 from .settings import needed, option, parse
 
@@ -72,18 +71,8 @@ def settings(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, Contrastiv
     """
     classes = (ModelOptions, DataOptions, ContrastiveFlowMatchingArguments)
     meaning = "Trains soft tokens on your own images; `accelerate launch -m diffusers_softrepa train` on several GPUs."
-    model, data, args = parse("train", meaning, classes, argv, defaults=_launched_with())
+    model, data, args = parse("train", meaning, classes, argv, renamed=with_new_names)
     return model, data, args
-
-
-def _launched_with() -> dict[str, Any]:
-    """Returns what `accelerate launch` or its configuration file said, by the name of our setting."""
-    variables = {
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION"),
-        "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
-    }
-    ours = {entry.name for entry in dataclasses.fields(ContrastiveFlowMatchingArguments)}
-    return {name: value for name, value in variables.items() if value is not None and name in ours}
 
 
 def put_adapter(pipeline: Any, model: ModelOptions, args: ContrastiveFlowMatchingArguments) -> None:
@@ -121,6 +110,11 @@ def _rows(source: str | None, split: str, streaming: bool) -> Any:
 def main(argv: Sequence[str]) -> None:
     """Trains, and says where the result is."""
     model, data, args = settings(argv)
+    train_data, eval_data = check_run(  # before a model is loaded
+        args,
+        _rows(data.train_data, data.train_split, data.streaming),
+        _rows(data.eval_data, data.eval_split, data.streaming),
+    )
     pipeline = load_pipeline(
         model.pretrained_model_name_or_path,
         revision=model.revision,
@@ -129,12 +123,7 @@ def main(argv: Sequence[str]) -> None:
         token=args.hub_token,
     )
     put_adapter(pipeline, model, args)
-    trainer = ContrastiveFlowMatchingTrainer(
-        pipeline,
-        args,
-        _rows(data.train_data, data.train_split, data.streaming),
-        _rows(data.eval_data, data.eval_split, data.streaming),
-    )
+    trainer = ContrastiveFlowMatchingTrainer(pipeline, args, train_data, eval_data)
     result = trainer.train()
     if args.dry_run:
         return
@@ -145,7 +134,9 @@ def main(argv: Sequence[str]) -> None:
             f"    --resume_from_checkpoint latest"
         )
         return
-    best = f" The best one by held-out top-1 is in {args.output_dir}/best." if data.eval_data else ""
+    best = ""
+    if trainer.state.best_global_step:
+        best = f" The best one by held-out {args.metric_for_best_model} is in {args.output_dir}/best."
     trainer.accelerator.print(
         f"\nThe adapter is in {args.output_dir}; README.md there shows how it learned.{best} Use it with\n"
         f"    import diffusers_softrepa\n"

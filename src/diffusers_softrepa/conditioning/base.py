@@ -98,9 +98,10 @@ class Conditioner(ABC):
         Raises:
             ValueError: A side is not a positive multiple of `image_multiple`.
         """
-        if min(height, width) < 1 or height % self.image_multiple or width % self.image_multiple:
+        multiple = self.image_multiple
+        if min(height, width) < 1 or height % multiple or width % multiple:
             raise ValueError(
-                f"height and width of images must be multiples of {self.image_multiple} px for this "
+                f"height and width of images must be multiples of {multiple} px for this "
                 f"{type(self.pipeline).__name__}, but are {height} x {width}; resize or crop the images"
             )
         scale = self.pipeline.vae_scale_factor

@@ -1,6 +1,7 @@
 """The two ways in which transformers take latents: cut into patches by themselves, or packed by their pipeline."""
 
 from abc import ABC
+from functools import cached_property
 
 from .base import Conditioner
 
@@ -10,11 +11,11 @@ PATCH = 2
 class PatchingConditioner(Conditioner, ABC):
     """Of a transformer that reads latents (n, C, h, w) and cuts them into patches of its config's size."""
 
-    @property
+    @cached_property
     def latent_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels
 
-    @property
+    @cached_property
     def latent_multiple(self) -> int:
         return self.pipeline.transformer.config.patch_size
 
@@ -22,10 +23,10 @@ class PatchingConditioner(Conditioner, ABC):
 class PackedConditioner(Conditioner, ABC):
     """Of a transformer that reads rows (n, h w / 4, 4C), which its pipeline packs 2 x 2 from latents."""
 
-    @property
+    @cached_property
     def latent_channels(self) -> int:
         return self.pipeline.transformer.config.in_channels // PATCH**2
 
-    @property
+    @cached_property
     def latent_multiple(self) -> int:
         return PATCH

@@ -6,6 +6,7 @@ pixels. Training images are taken for whole ones, as in sampling: both sizes (H,
 
 from abc import ABC
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ class _UNetConditioner(Conditioner, ABC):
                 "for few steps (LCM); train on the model it was distilled from and load the adapter into this one"
             )
 
-    @property
+    @cached_property
     def latent_channels(self) -> int:
         return self.pipeline.unet.config.in_channels
 
-    @property
+    @cached_property
     def latent_multiple(self) -> int:
         return 1
 

@@ -1,36 +1,57 @@
 """Checkpoints of a run: written whole or not at all, and read back without running any pickled code.
 
-A checkpoint is a folder `checkpoint-<step>` with the adapter, as `load_softrepa` reads it, and `training_state.pt`:
-settings, optimizer, schedule, moving average, position in the data, counters. Noise, timesteps and the order of the
-data are drawn from the seed and the step, so a resumed run draws what the interrupted one would have drawn.
+A checkpoint is a folder `checkpoint-<step>` with the adapter, as `load_softrepa` reads it, `training_state.pt`
+(settings, optimizer, schedule, moving average, position in the data, counters), and `manifest.json`: the SHA-256 of
+these files, by which damage is seen. All of it is on the disk before the folder has its name. Noise, timesteps and the
+order of the data are drawn from the seed and the step, so a resumed run draws what the interrupted one would have
+drawn.
 """
 
+import hashlib
+import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import save_checkpoint
+from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import SoftREPAConfig
+from ..files import move_into_place, read_json, whole_file, write_whole
+from ..hub import CARD_NAME
+from ..quoting import one_line
+from .arguments import RENAMED
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
-_NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST_NAME = "manifest.json"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
+_STATE = frozenset(
+    ["settings", "step", "best", "nonfinite_steps", "recent", "loss_scale", "optimizer", "schedule", "average", "data"]
+)
 # All others decide how training goes, or where the data stands, which the loader checks.
 # fmt: off
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "train_batch_size", "pair_chunk_size", "gradient_checkpointing",
     "cache_text", "cache_dir", "max_cache_gigabytes", "dataloader_num_workers", "max_broken", "logging_steps",
-    "report_to", "validation_prompts", "validation_steps", "validation_seed", "num_validation_inference_steps",
-    "validation_guidance_scale", "num_evaluation_batches", "save_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private", "hub_license",
-    "dry_run",
+    "report_to", "validation_prompts", "eval_steps", "validation_seed", "num_validation_inference_steps",
+    "validation_guidance_scale", "num_evaluation_batches", "metric_for_best_model", "greater_is_better",
+    "save_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_license", "dry_run",
 ))
 # fmt: on
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read as it was written: a file is missing, cut off or changed."""
 
 
 class Checkpoints:
@@ -53,19 +74,19 @@ class Checkpoints:
         """
         final = self._folder / f"checkpoint-{step}"
         partial = self._folder / f".checkpoint-{step}.partial"
-        for remains in self._folder.glob(".checkpoint-*"):  # of a run that was killed
-            shutil.rmtree(remains, ignore_errors=True)
         try:
+            for remains in self._folder.glob(".checkpoint-*"):  # of a run that was killed
+                _remove_all(remains)
             save_checkpoint(partial, config, tensors)
-            with (partial / STATE_NAME).open("wb") as file:
+            with whole_file(partial / STATE_NAME) as file:
                 torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
+            digests = {path.name: _digest(path) for path in partial.iterdir() if path.name != CARD_NAME}
+            write_whole(partial / MANIFEST_NAME, json.dumps(digests, indent=2))
             if final.exists():
                 self._remove(final)
-            os.replace(partial, final)
+            move_into_place(partial, final)
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_all(partial)
             last = self.latest()
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self._folder}: {error}; make room there and "
@@ -86,63 +107,200 @@ class Checkpoints:
         """Returns the newest complete checkpoint, None when there is none."""
         return next(reversed(self.all()), None)
 
-    def find(self, wanted: str) -> Path | None:
-        """Returns the checkpoint folder that `resume_from_checkpoint` means; None for `latest` before the first one.
+    def read(self, wanted: str) -> "Checkpoint | None":
+        """Returns what is in the checkpoint that `resume_from_checkpoint` means; None for `latest` before the first.
+
+        `latest` is the newest one that is whole: damaged ones are left out with a warning.
 
         Raises:
             ValueError: There is no such checkpoint.
+            DamagedCheckpoint: It is damaged, or all are; the message names the newest whole one before it.
         """
-        if wanted == "latest":
-            return self.latest()
-        for path in (Path(wanted), self._folder / wanted):
-            if (path / STATE_NAME).is_file():
-                return path
-        raise ValueError(
-            f"resume_from_checkpoint={wanted!r} is no checkpoint folder; there are "
-            f"{[path.name for path in self.all()] or 'none'} in {self._folder}"
-        )
+        if wanted != "latest":
+            return self._read_one(self._find(wanted))
+        damaged: DamagedCheckpoint | None = None
+        for path in reversed(self.all()):
+            try:
+                return read_checkpoint(path)
+            except DamagedCheckpoint as error:
+                damaged = error
+                logger.warning("%s; the one before it is taken", error)
+        if damaged is not None:
+            raise DamagedCheckpoint(f"{damaged}; none in {self._folder} is whole: remove them to start afresh")
+        return None
 
     def check_none_after(self, step: int) -> None:
         """Refuses to train from `step` on where later checkpoints are, which would be mixed with the new ones.
 
+        Damaged ones do not count: the run will write them again.
+
         Raises:
             ValueError: There are some.
         """
-        later = [path.name for path in self.all() if _step_of(path) > step]
+        later = [path.name for path in self.all() if _step_of(path) > step and _is_whole(path)]
         if later:
             raise ValueError(
                 f"training would start at step {step}, but {self._folder} holds {', '.join(later)} of another run; go "
                 "on from there with resume_from_checkpoint='latest', remove them, or choose another output_dir"
             )
 
+    def check_room(self, num_bytes: int, count: int) -> None:
+        """Refuses a run whose checkpoints would not fit on the disk.
+
+        Args:
+            num_bytes: Of one checkpoint.
+            count: How many the run will write, if none is removed.
+
+        Raises:
+            OSError: The disk has less free.
+        """
+        count = min(count, self._limit + 1) if self._limit else count  # the oldest goes when the newest is there
+        there = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        if num_bytes * count > free:
+            raise OSError(
+                f"{count} checkpoints of about {num_bytes / 1e6:.1f} MB do not fit on the disk of {self._folder}, "
+                f"which has {free / 1e6:.1f} MB free; make room, set a smaller checkpoints_total_limit or a larger "
+                "save_steps, or choose another output_dir"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder while it lasts; the system lifts the lock when the process ends.
+
+        Where the system or the disk knows no such locks, there is none.
+
+        Raises:
+            ValueError: Another run has the folder.
+            OSError: The folder cannot be made.
+        """
+        if self._folder.is_file():
+            raise ValueError(f"output_dir must be a folder, but {self._folder} is a file; name a folder")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if os.name != "posix":
+            yield
+            return
+        import fcntl
+
+        handle = os.open(self._folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another run is training in {self._folder} now, and two would overwrite each other's files; wait "
+                    "until it has ended, or choose another output_dir"
+                ) from None
+            except OSError as error:
+                logger.info("%s cannot be locked (%s): do not start another run in it", self._folder, error)
+            yield
+        finally:
+            os.close(handle)
+
+    def _find(self, wanted: str) -> Path:
+        for path in (Path(wanted), self._folder / wanted):
+            if wanted and (path / STATE_NAME).is_file():
+                return path
+        raise ValueError(
+            f"resume_from_checkpoint={wanted!r} is no checkpoint folder; there are "
+            f"{[path.name for path in self.all()] or 'none'} in {self._folder}"
+        )
+
+    def _read_one(self, path: Path) -> "Checkpoint":
+        try:
+            return read_checkpoint(path)
+        except DamagedCheckpoint as error:
+            before = [other for other in Checkpoints(path.parent).all() if _step_of(other) < _step_of(path)]
+            whole = next((other.name for other in reversed(before) if _is_whole(other)), None)
+            advice = f"the newest whole one before it is {whole}" if whole else "there is no whole one before it"
+            raise DamagedCheckpoint(f"{error}; {advice}") from error
+
     def _remove(self, checkpoint: Path) -> None:
         """Removes a checkpoint so that it is never seen in part."""
         dying = self._folder / f".{checkpoint.name}.old"
+        _remove_all(dying)
         os.replace(checkpoint, dying)
-        shutil.rmtree(dying)
+        _remove_all(dying)
 
 
-def load_state(checkpoint: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `Checkpoints.save` was given as state, if it was saved under the same settings.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
 
-    Args:
-        checkpoint: The folder.
-        settings: Of the run that goes on; compared with `state["settings"]`.
+    Attributes:
+        path: Its folder.
+        config: Of the adapter.
+        tensors: Of the adapter.
+        state: As `Checkpoints.save` was given it.
+    """
+
+    path: Path
+    config: SoftREPAConfig
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Compares the settings that it was saved under with those of the run that goes on.
+
+        Raises:
+            ValueError: A setting that decides how training goes is another one.
+        """
+        saved = {RENAMED.get(name, name): value for name, value in self.state["settings"].items()}
+        names = [name for name in settings if name in saved and name not in _MAY_CHANGE]
+        changed = {name: (saved[name], settings[name]) for name in names if saved[name] != settings[name]}
+        if changed:
+            raise ValueError(
+                f"{self.path} was saved under other settings (saved, now): {changed}; go on with those, or start "
+                "afresh in another output_dir"
+            )
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint without running any pickled code.
 
     Raises:
-        ValueError: A setting that decides how training goes is another one.
+        DamagedCheckpoint: It is not as it was written.
     """
-    state = torch.load(checkpoint / STATE_NAME, map_location="cpu", weights_only=True)
-    saved = state["settings"]
-    names = [name for name in settings if name in saved and name not in _MAY_CHANGE]
-    changed = {name: (saved[name], settings[name]) for name in names if saved[name] != settings[name]}
-    if changed:
-        raise ValueError(
-            f"{checkpoint} was saved under other settings (saved, now): {changed}; go on with those, or start afresh "
-            "in another output_dir"
-        )
-    return state
+    try:
+        for name, digest in _manifest(path).items():
+            if _digest(path / name) != digest:
+                raise ValueError(f"{name} is not as it was written")
+        config, tensors = load_checkpoint(path)
+        state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        lacking = _STATE - set(state) if isinstance(state, dict) else _STATE
+        if lacking:
+            raise ValueError(f"{STATE_NAME} lacks {', '.join(sorted(lacking))}")
+        if _NAME.fullmatch(path.name) and state["step"] != _step_of(path):
+            raise ValueError(f"{STATE_NAME} is of step {state['step']!r}")
+    except Exception as error:  # whatever the readers of damaged files raise
+        raise DamagedCheckpoint(f"{path} is damaged: {one_line(error, 300) or type(error).__name__}") from error
+    return Checkpoint(path, config, tensors, state)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def _manifest(path: Path) -> dict[str, str]:
+    """Returns the digests by file; none for checkpoints that were written before there was a manifest."""
+    return read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).is_file() else {}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _remove_all(path: Path) -> None:
+    """Removes a folder or a file, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

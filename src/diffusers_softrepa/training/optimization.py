@@ -23,19 +23,25 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
     Raises:
         ValueError: There is no such class, or it does not take these arguments.
     """
-    module, _, name = args.optimizer.rpartition(".")
+    module, _, name = args.optim.rpartition(".")
     try:
-        cls: Any = getattr(importlib.import_module(module or "torch.optim"), name)
+        cls: Any = getattr(importlib.import_module(module or "torch.optim"), name if module else _class_name(name))
         if Optimizer not in inspect.getmro(cls):
             raise TypeError(f"{name} is no optimizer class")
         if inspect.signature(cls.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(f"{name} computes losses of its own, which training does not hand out")
-        return cls(parameters, lr=args.learning_rate, **json.loads(args.optimizer_arguments))
+        return cls(parameters, lr=args.learning_rate, **json.loads(args.optim_args))
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"optimizer={args.optimizer!r} with optimizer_arguments={args.optimizer_arguments!r} makes no optimizer: "
+            f"optim={args.optim!r} with optim_args={args.optim_args!r} makes no optimizer: "
             f"{error}; name a class of torch.optim, or package.module.Class of an installed package"
         ) from error
+
+
+def _class_name(name: str) -> str:
+    """Returns the class of torch.optim that is meant: by its own name, or as transformers names it, `adamw_torch`."""
+    known = {key.lower(): key for key, value in vars(torch.optim).items() if isinstance(value, type)}
+    return known.get(name.lower().removesuffix("_torch"), name)
 
 
 class Schedule:
@@ -45,20 +51,22 @@ class Schedule:
         args: The settings. `warm_restarts` is SoftREPA's cosine with restarts, updated every `lr_update_steps` steps.
         optimizer: Whose rate it sets.
         max_steps: Optimizer steps of the whole run.
+        given: A schedule of torch's to use instead, updated at every step.
 
     Raises:
         ValueError: diffusers does not know a schedule of that name, or needs more than these settings for it.
     """
 
-    def __init__(self, args: ContrastiveFlowMatchingArguments, optimizer: Optimizer, max_steps: int) -> None:
-        self._steps = 0
-        if args.lr_scheduler == "warm_restarts":
+    def __init__(
+        self, args: ContrastiveFlowMatchingArguments, optimizer: Optimizer, max_steps: int, *, given: Any = None
+    ) -> None:
+        self._steps, self._every = 0, 1
+        if given is not None:
+            self._schedule: Any = given
+        elif args.lr_scheduler == "warm_restarts":
             self._every = args.lr_update_steps
-            self._schedule: Any = CosineAnnealingWarmRestarts(
-                optimizer, T_0=args.lr_restart_period, eta_min=args.lr_floor
-            )
+            self._schedule = CosineAnnealingWarmRestarts(optimizer, T_0=args.lr_restart_period, eta_min=args.lr_floor)
         else:
-            self._every = 1
             try:
                 self._schedule = get_scheduler(
                     args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps

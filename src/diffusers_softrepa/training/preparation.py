@@ -13,7 +13,7 @@ from ..config import SoftREPAConfig
 from ..denoisers import check_passes_gradients
 from ..pipeline import add_softrepa, denoiser_of, set_softrepa
 from .arguments import ContrastiveFlowMatchingArguments
-from .images import Framing
+from .data.image import Framing
 
 
 def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditioner) -> Framing:
@@ -86,7 +86,7 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
         part.requires_grad_(False).eval()
     if pipeline.hf_device_map is None and not any(hasattr(part, "_hf_hook") for part in _models(pipeline).values()):
         pipeline.to(device)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision or "no")
     if half is not None:
         _cast(denoiser, half)
         for name, part in _models(pipeline).items():

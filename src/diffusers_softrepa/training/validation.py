@@ -1,28 +1,63 @@
-"""What a run is judged by: pictures with and without the tokens, and held-out pairs told apart."""
+"""Pictures that a run is judged by: the validation prompts drawn with and without the tokens, and their scores."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from ..evaluation.metrics import ImageMetric, as_metrics
 from ..evaluation.metrics.metric import named_scores
 from ..evaluation.prompts import load_prompts
-from ..objectives import Contrastive, Objective
-from ..pairs import mean_by_noise_level, pair_diagnostics
+from ..files import whole_file
 from ..pipeline import denoiser_of, disable_softrepa, enable_softrepa
-from .engine import PairBatch
+from .callbacks import TrainerCallback, TrainerState
+from .log import show
 
-logger = logging.getLogger(__name__)
-
-_SATURATED = 12.0  # exp(-12) is 6e-6
-NOISE_LEVEL_EDGES = (250.0, 500.0, 750.0)
+VALIDATION_FOLDER = "validation"
 _CAPTION_HEIGHT = 16
+
+
+@final
+class ValidationCallback(TrainerCallback):
+    """Draws the validation prompts at every evaluation, on the main process, and scores what it drew.
+
+    Args:
+        metrics: Of single pictures, as `evaluation.evaluate` takes them.
+
+    Raises:
+        ValueError: A metric is a distance between sets, which a few validation pictures have no use for.
+    """
+
+    def __init__(self, metrics: Sequence[Any] = ()) -> None:
+        found = as_metrics(metrics)
+        self._metrics = [metric for metric in found if isinstance(metric, ImageMetric)]
+        wrong = [metric.name for metric in found if metric not in self._metrics]
+        if wrong:
+            raise ValueError(
+                f"validation pictures are scored one by one, but {wrong} compare whole sets; leave them out"
+            )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        trainer, prompts = given["trainer"], args.validation_prompts
+        if not (state.is_world_process_zero and prompts):
+            return
+        with trainer.in_average(), torch.no_grad():
+            pictures = draw_side_by_side(
+                trainer.pipeline,
+                prompts,
+                seed=args.validation_seed,
+                num_inference_steps=args.num_validation_inference_steps,
+                settings=trainer.conditioner.sampling(args.validation_guidance_scale),
+                size=trainer.framing.sizes[len(trainer.framing.sizes) // 2],
+            )
+        grid = side_by_side_grid(pictures, prompts)
+        save_picture(grid, Path(args.output_dir) / VALIDATION_FOLDER / f"step-{state.global_step:06d}.png")
+        show(trainer.accelerator, state.global_step, VALIDATION_FOLDER, grid)
+        if figures := score_side_by_side(self._metrics, pictures, prompts, trainer.accelerator.device):
+            trainer.log(figures)
 
 
 def draw_side_by_side(
@@ -68,19 +103,6 @@ def draw_side_by_side(
     finally:
         pipeline.set_progress_bar_config(**progress)
     return list(zip(without, with_tokens, strict=True))
-
-
-def image_metrics(given: Sequence[Any]) -> list[ImageMetric]:
-    """Returns metrics of single pictures: as given, by name, or around functions of pictures and prompts.
-
-    Raises:
-        ValueError: One is a distance between sets, which a few validation pictures have no use for.
-    """
-    metrics = as_metrics(given)
-    wrong = [metric.name for metric in metrics if not isinstance(metric, ImageMetric)]
-    if wrong:
-        raise ValueError(f"validation pictures are scored one by one, but {wrong} compare whole sets; leave them out")
-    return [metric for metric in metrics if isinstance(metric, ImageMetric)]
 
 
 def score_side_by_side(
@@ -135,51 +157,5 @@ def pictures_of_grid(grid: Image.Image, rows: int) -> list[tuple[Image.Image, Im
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Saves a picture, with its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-
-
-def tell_apart(errors: Tensor, batch: PairBatch) -> dict[str, Tensor]:
-    """Returns how well the matched captions of a batch are told from the others.
-
-    Args:
-        errors: (b, c), NaN for pairs that were not run.
-        batch: The pairs.
-
-    Returns:
-        `top1`, `margin`, `information`: (b,) each, NaN for rows without a negative; and `timestep` (b,).
-    """
-    ran = batch.candidates & ~errors.isnan()
-    ran |= torch.zeros_like(ran).scatter(1, batch.positive[:, None], True)
-    found = pair_diagnostics(errors, batch.positive, ran)
-    figures = {"top1": found.top1, "margin": found.margin, "information": found.information}
-    return figures | {"timestep": batch.timestep.to(errors)}
-
-
-def warn_if_saturated(objective: Objective, errors: Tensor, batch: PairBatch) -> None:
-    """Says so if a batch's matched errors (b, c) are so large that exponential logits give no gradient."""
-    if not isinstance(objective, Contrastive) or objective.logits != "exponential":
-        return
-    least = errors.gather(1, batch.positive[:, None]).min().item()
-    if least > _SATURATED * objective.temperature:
-        logger.warning(
-            "matched errors are at least %.2g, %.0f times the temperature %.2g: exponential logits are nearly 0 there "
-            "and contrast teaches nothing; set logits='linear', or a temperature of about a fifth of the errors",
-            *(least, least / objective.temperature, objective.temperature),
-        )
-
-
-def summary(rows: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Returns the means of `tell_apart` over batches, in all and per quarter of the timestep scale.
-
-    Keys are `top1`, `margin`, `information` and `top1/t0-250` and so on; those without any value are left out.
-    """
-    joined = {name: torch.cat([row[name] for row in rows]).float().cpu() for name in rows[0]}
-    timestep = joined.pop("timestep")
-    bounds = [0, *(int(edge) for edge in NOISE_LEVEL_EDGES), 1000]
-    found = {}
-    for name, values in joined.items():
-        found[name] = values.nanmean().item()
-        _, means = mean_by_noise_level(values, timestep, edges=torch.tensor(NOISE_LEVEL_EDGES))
-        for low, high, mean in zip(bounds[:-1], bounds[1:], means.tolist(), strict=True):
-            found[f"{name}/t{low}-{high}"] = mean
-    return {name: value for name, value in found.items() if value == value}
+    with whole_file(path) as file:
+        picture.save(file, format="PNG")

@@ -120,16 +120,12 @@ class Frame:
 
     Attributes:
         size: Of the pixels, (H, W).
-        original_size: Of the upright image, (h, w).
         box: The part of the upright image that is kept, (left, top, right, bottom) in its pixels.
-        crop_top_left: The corner of that part in the resized (and mirrored) image, (top, left); SDXL reads it.
         flip: Mirrored or not.
     """
 
     size: Size
-    original_size: Size
     box: tuple[float, float, float, float]
-    crop_top_left: Size
     flip: bool
 
 
@@ -147,9 +143,7 @@ def place_frame(original: Size, size: Size, framing: Framing, *, crop_at: float 
     at = crop_at if framing.crop == "random" else 0.5
     top, left = (at * max(0.0, whole - part / scale) for whole, part in zip(original, size, strict=True))
     box = (left, top, min(left + size[1] / scale, original[1]), min(top + size[0] / scale, original[0]))
-    flip = framing.flip and flip_at < 0.5
-    corner = (top, max(0.0, original[1] - box[2]) if flip else left)
-    return Frame(size, original, box, (round(corner[0] * scale), round(corner[1] * scale)), flip)
+    return Frame(size, box, framing.flip and flip_at < 0.5)
 
 
 def render(image: Image.Image, frame: Frame) -> Tensor:
@@ -221,9 +215,13 @@ def decode(fetched: bytes | Image.Image) -> Image.Image:
         BrokenExample: It cannot be decoded: cut off, not an image, of size zero, or of floats without a range.
     """
     try:
-        with _open(fetched) as opened:
-            _checked_size(opened)
-            return _to_rgb(ImageOps.exif_transpose(_loaded(opened)))
+        with Image.open(io.BytesIO(fetched)) if isinstance(fetched, bytes) else nullcontext(fetched) as opened:
+            if not (opened.width and opened.height):
+                raise BrokenExample(f"its size is {opened.height} x {opened.width}")
+            with _LOADING:  # two rows may share one PIL image, and loading it twice at once breaks it
+                opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            return upright if upright.mode == "RGB" and not upright.has_transparency_data else _to_rgb(upright)
     except BrokenExample:
         raise
     except Exception as error:

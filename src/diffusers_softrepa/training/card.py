@@ -4,13 +4,16 @@ Everything is read back from the output folder, so a report can be written again
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -18,16 +21,23 @@ from PIL import Image
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
 from ..config import SoftREPAConfig
-from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
-from ..quoting import in_markdown
+from ..files import write_whole
+from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
+from ..objectives import Objective
+from ..quoting import in_markdown, one_line
 from .arguments import ContrastiveFlowMatchingArguments
-from .journal import LOG_NAME, read_log
-from .validation import pictures_of_grid, save_picture
+from .calibration import sum_up
+from .callbacks import TrainerCallback, TrainerState
+from .data.dataset import Examples
+from .log import LOG_NAME, read_log
+from .preparation import halve_vae
+from .validation import VALIDATION_FOLDER, pictures_of_grid, save_picture
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "training_args.json"
 CURVES_NAME = "curves.png"
 PICTURES_NAME = "validation.png"
-VALIDATION_FOLDER = "validation"
 GALLERY_FOLDER = "pictures"
 
 _ESSENTIAL = ("objective", "train_batch_size", "learning_rate", "resolution", "mixed_precision", "seed")
@@ -40,7 +50,7 @@ _PRIVATE = {  # paths of this machine, and what is nobody's concern once trainin
     "dry_run",
     "push_to_hub",
     "hub_model_id",
-    "hub_private",
+    "hub_private_repo",
     "hub_token",
     "hub_license",
     "report_to",
@@ -66,12 +76,42 @@ class Data:
     eval_name: str | None = None
 
 
+@final
+class ReportCallback(TrainerCallback):
+    """Ends a finished run: the adapter, the model card and, where the settings want it, the push to the Hub."""
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        trainer = given["trainer"]
+        if not trainer.finished:
+            return
+        sum_up(trainer)
+        halve_vae(trainer.pipeline)
+        if trainer.average is not None:
+            trainer.average.settle()
+        if state.is_world_process_zero:
+            trainer.save_model()
+            trainer.write_report()
+            for entry in [entry for entry in state.log_history if f"{_HELD_OUT}top1" in entry][-1:]:
+                logger.info("%s", " ".join(gain_text(entry)))
+            if args.push_to_hub:
+                trainer.push_to_hub()
+
+
 def data_name(dataset: Any) -> str | None:
     """Returns the Hub id that a data set was named by; paths and objects have none."""
-    return hub_id(dataset) if isinstance(dataset, str) else None
+    name = dataset.source if isinstance(dataset, Examples) else dataset
+    return hub_id(name) if isinstance(name, str) else None
 
 
-def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: int, num_captions: int) -> list[str]:
+def write_report(
+    args: ContrastiveFlowMatchingArguments,
+    data: Data,
+    *,
+    steps: int,
+    num_captions: int,
+    objective: Objective | None = None,
+    warnings: Sequence[str] = (),
+) -> list[str]:
     """Writes settings, curves, the last validation pictures and the model card beside the adapter in `output_dir`.
 
     Of a card that is there only the sections that this package wrote are replaced.
@@ -81,13 +121,15 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
         data: What it learned from.
         steps: Optimizer steps done.
         num_captions: Captions that each image is compared with, its own included.
+        objective: What was trained, where it is not what the settings say.
+        warnings: What was said of the run, for the card.
 
     Returns:
         The names of the files that the card shows.
     """
     folder = Path(args.output_dir)
     log = read_log(folder / LOG_NAME)
-    (folder / SETTINGS_NAME).write_text(json.dumps(args.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / SETTINGS_NAME, json.dumps(args.to_dict(), indent=2) + "\n")
     shown = []
     if any("loss" in entry for entry in log):
         draw_curves(log, num_captions=num_captions).savefig(folder / CURVES_NAME, dpi=110)
@@ -97,8 +139,45 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
         shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
         shown += [PICTURES_NAME, *_write_gallery(folder, len(args.validation_prompts))]
     config = SoftREPAConfig.from_dict(SoftREPAConfig.from_json_file(str(folder / CONFIG_NAME)))
-    write_card(folder, _card(args, config, data, log, shown, steps=steps, num_captions=num_captions))
+    training = _training_section(args, data, log, shown, steps, num_captions, objective, warnings)
+    write_card(folder, _card(args, config, data, log, shown, training, num_captions=num_captions))
     return shown
+
+
+def claim_repository(args: ContrastiveFlowMatchingArguments) -> str:
+    """Makes the repository that a run will be pushed to, before hours are spent on what could not be; returns its id.
+
+    Raises:
+        OSError: The Hub does not know the login, or does not let it write there.
+        ValueError: It can be no repository's name.
+    """
+    check_login(args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    api = HfApi(token=args.hub_token, library_name="diffusers-softrepa")
+    try:
+        validate_repo_id(name)
+        repo_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        _check_writable(api, repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"the trained adapter would be pushed to {name!r}, which can be no repository's name ({one_line(error)}); "
+            "give a hub_model_id such as 'you/my-tokens'"
+        ) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise OSError(
+            f"the Hub does not let you push to {name!r}: {one_line(error, 400)}; give a hub_model_id in a namespace "
+            "of yours and a token that may write there, or train without push_to_hub"
+        ) from error
+    return repo_id
+
+
+def _check_writable(api: HfApi, repo_id: str) -> None:
+    """Asks whether one may write to a repository; a Hub that does not answer that leaves it to the push."""
+    try:
+        api.auth_check(repo_id, write=True)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise
 
 
 def push_report(args: ContrastiveFlowMatchingArguments) -> str:
@@ -112,7 +191,7 @@ def push_report(args: ContrastiveFlowMatchingArguments) -> str:
         folder,
         args.hub_model_id or folder.resolve().name,
         [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME],
-        private=args.hub_private,
+        private=args.hub_private_repo,
         token=args.hub_token,
     )
 
@@ -182,8 +261,8 @@ def _card(
     data: Data,
     log: Sequence[Mapping[str, float]],
     shown: Sequence[str],
+    training: str,
     *,
-    steps: int,
     num_captions: int,
 ) -> str:
     card = model_card(config, UNKNOWN_REPO, license=args.hub_license)
@@ -194,20 +273,35 @@ def _card(
     if held_out:
         card.data["model_name"] = UNKNOWN_REPO
         card.data["eval_results"] = _eval_results(held_out[-1], data, num_captions)
+    card.text += "\n" + section("training", training) + "\n"
+    return str(card)
+
+
+def _training_section(
+    args: ContrastiveFlowMatchingArguments,
+    data: Data,
+    log: Sequence[Mapping[str, float]],
+    shown: Sequence[str],
+    steps: int,
+    num_captions: int,
+    objective: Objective | None,
+    warnings: Sequence[str],
+) -> str:
+    """Returns what was trained, and what was measured of it in this run; arguments as `write_report`."""
+    held_out = [entry for entry in log if f"{_HELD_OUT}top1" in entry]
+    chosen = [] if objective is None else [(f"{name} (chosen)", value) for name, value in vars(objective).items()]
     parts = [
         "## Training",
         _data_text(args, data, steps=steps),
-        _table(("setting", "value"), _settings(args)),
-        *(["### Held-out pairs", _held_out_text(held_out, num_captions)] if held_out else []),
-        *(
-            ["### Curves", f"![Loss, top-1, margin, information and rate]({CURVES_NAME})"]
-            if CURVES_NAME in shown
-            else []
-        ),
-        *(["### Pictures", _pictures_text(args)] if PICTURES_NAME in shown else []),
+        *(["### Remarks", "\n".join(f"- {in_markdown(warning)}" for warning in warnings)] if warnings else []),
+        _table(("setting", "value"), [*_settings(args), *chosen]),
+        *(["### Held-out pairs", _held_out_text(held_out, num_captions)] if held_out else [_UNMEASURED]),
     ]
-    card.text += "\n" + section("training", "\n\n".join(parts)) + "\n"
-    return str(card)
+    if CURVES_NAME in shown:
+        parts += ["### Curves", f"![Loss, top-1, margin, information and rate]({CURVES_NAME})"]
+    if PICTURES_NAME in shown:
+        parts += ["### Pictures", _pictures_text(args)]
+    return "\n\n".join(parts)
 
 
 def _write_gallery(folder: Path, rows: int) -> list[str]:
@@ -246,16 +340,37 @@ def _data_text(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: int
 
 
 def _held_out_text(entries: Sequence[Mapping[str, float]], num_captions: int) -> str:
-    best = max(entries, key=lambda entry: entry[f"{_HELD_OUT}top1"])  # the earliest of equal ones, as in `best/`
+    trained = [entry for entry in entries if entry["step"]] or list(entries)
+    best = max(trained, key=lambda entry: entry[f"{_HELD_OUT}top1"])  # the earliest of equal ones, as in `best/`
     columns = {"first": entries[0], "best": best, "last": entries[-1]}
     rows = [
-        (title, *(f"{entry[_HELD_OUT + name]:.4g}" for entry in columns.values()))
+        (title, *(_with_error(entry, name) for entry in columns.values()))
         for name, title in _METRICS.items()
         if all(_HELD_OUT + name in entry for entry in columns.values())
     ]
     heads = ("", *(f"{when}, step {int(entry['step'])}" for when, entry in columns.items()))
     note = f"Each image is compared with {num_captions} captions; guessing finds its own at a rate of"
-    return f"{_table(heads, rows)}\n\n{note} {1 / num_captions:.3g}."
+    return "\n\n".join([_table(heads, rows), f"{note} {1 / num_captions:.3g}.", *gain_text(entries[-1])])
+
+
+def _with_error(entry: Mapping[str, float], name: str) -> str:
+    """Returns a held-out figure with its standard error over the images, if that was measured."""
+    error = entry.get(f"{_HELD_OUT}{name}_stderr")
+    return f"{entry[_HELD_OUT + name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def gain_text(entry: Mapping[str, float]) -> list[str]:
+    """Returns a sentence on what training changed in the held-out top-1, by the last entry; none if unmeasured.
+
+    The difference is that of the same images with the same noise, before the first step and after the last one.
+    """
+    gain, error = (entry.get(f"{_HELD_OUT}top1_gain{end}") for end in ("", "_stderr"))
+    if gain is None or error is None:
+        return []
+    change = f"{gain:+.3g} ± {error:.2g}, the mean and its standard error over the images"
+    if abs(gain) <= 2 * error:
+        return [f"Training changed the held-out top-1 by {change}: that cannot be told from no change."]
+    return [f"Training changed the held-out top-1 by {change}."]
 
 
 def _eval_results(entry: Mapping[str, float], data: Data, num_captions: int) -> list[EvalResult]:
@@ -282,6 +397,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(heads), *cells[1:]))
 
 
+_UNMEASURED = "No held-out pairs were evaluated in this run, so nothing is known here of what the tokens gain."
 _PANELS = {
     "loss": "loss",
     "top1": "top-1 of the matched caption",

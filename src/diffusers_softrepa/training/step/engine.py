@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..conditioning.conditions import Conditions, take
-from ..objectives import Objective, PairRegression
-from ..pairs import is_positive, pair_errors, subsample_negatives
+from ...conditioning.conditions import Conditions, take
+from ...objectives import Objective, PairRegression
+from ...pairs import is_positive, pair_errors, subsample_negatives
 
 AUTOMATIC_CHUNK = 16
 
@@ -65,6 +65,11 @@ class PairStep:
 class PairEngine:
     """Runs batches of pairs for one objective.
 
+    Attributes:
+        objective: What is minimised.
+        chunk_size: Pairs that run at once now.
+        loss_scale: Factor of the backward pass now.
+
     Args:
         predict: From noisy latents (n, ...), timesteps (n,) and conditions of n rows to predictions (n, ...).
         objective: What to minimise.
@@ -96,7 +101,7 @@ class PairEngine:
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, or None, but is {size}")
         self._predict = predict
-        self._objective = objective
+        self.objective = objective
         self._parameters = list(parameters)
         self._use_bank = use_bank
         self._ema = ema
@@ -114,7 +119,7 @@ class PairEngine:
         Raises:
             torch.OutOfMemoryError: Not even one pair fits.
         """
-        wanted = batch.candidates if self._objective.min_negatives else is_positive(batch.positive, batch.candidates)
+        wanted = batch.candidates if self.objective.min_negatives else is_positive(batch.positive, batch.candidates)
         batch_size = len(batch.positive)
         total = PairStep(
             loss=batch.target.new_zeros((), dtype=torch.float32),
@@ -162,11 +167,11 @@ class PairEngine:
     def _step_rows(self, batch: PairBatch, generator: torch.Generator | None) -> PairStep:
         """Runs whole rows at once, if the chunk holds them and nothing asks for a first pass."""
         pairs = batch.candidates.nonzero()
-        if len(pairs) > self.chunk_size or self._samples(batch) or self._objective.needs_ema_predictions:
+        if len(pairs) > self.chunk_size or self._samples(batch) or self.objective.needs_ema_predictions:
             return self._step_twice(batch, generator)
         found = pair_errors(self._run(batch, pairs), batch.target[pairs[:, 0]])
         errors = _scattered(found.detach(), batch)
-        regression = self._objective(errors, batch.positive, batch.candidates)
+        regression = self.objective(errors, batch.positive, batch.candidates)
         return PairStep(regression.loss, errors, self._gradients(found, regression.weights[batch.candidates]))
 
     def _samples(self, batch: PairBatch) -> bool:
@@ -195,7 +200,7 @@ class PairEngine:
     @torch.no_grad()
     def _first_pass(self, batch: PairBatch) -> tuple[Tensor, PairRegression]:
         """Returns the errors of all pairs (b, c) and the regression they lead to."""
-        keeps = self._objective.needs_ema_predictions
+        keeps = self.objective.needs_ema_predictions
         shape = (*batch.candidates.shape, *batch.target.shape[1:])
         predictions = batch.target.new_zeros(shape) if keeps else None
         found = []
@@ -207,12 +212,12 @@ class PairEngine:
                     predictions[tuple(pairs.T)] = prediction.to(predictions.dtype)
         errors = _scattered(torch.cat(found), batch)
         target = batch.target if keeps else None
-        return errors, self._objective(errors, batch.positive, batch.candidates, predictions, target)
+        return errors, self.objective(errors, batch.positive, batch.candidates, predictions, target)
 
     def _run(self, batch: PairBatch, pairs: Tensor) -> Tensor:
         """Returns the predictions of pairs (n, 2) of row and column."""
         row, column = pairs.T
-        if self._objective.num_banks > 1:
+        if self.objective.num_banks > 1:
             self._use_bank((batch.positive[row] != column).long())
         conditions = take(batch.conditions, column)
         try:

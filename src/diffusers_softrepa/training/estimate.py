@@ -1,4 +1,4 @@
-"""A dry run: what a training run will do and how much memory and disk it takes, before anything is written.
+"""Estimates: what a training run will do and how much memory and disk it takes, before anything is written.
 
 Activations are measured: one pair runs forward through the denoiser as in training, and the storages that autograd
 keeps for the backward pass are counted, each once, parameters and buffers left out. Pairs are independent, so a chunk
@@ -19,15 +19,15 @@ from ..conditioning.conditions import Conditions
 from ..objectives import Objective
 from ..pairs import pair_errors
 from .arguments import ContrastiveFlowMatchingArguments
-from .cache import estimate
-from .data import Examples
-from .engine import AUTOMATIC_CHUNK
-from .images import Size
+from .data.cache import estimate
+from .data.dataset import Examples
+from .data.image import Size
 from .optimization import make_optimizer
+from .step.engine import AUTOMATIC_CHUNK
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Estimate:
     """The size of a run; bytes are those of one process.
 
     Attributes:
@@ -106,7 +106,7 @@ that is run again), encoding images and captions, validation pictures, and what 
 runs out in training, the number of pairs at once is halved."""
 
 
-def forecast(
+def estimate_run(
     args: ContrastiveFlowMatchingArguments,
     conditioner: Conditioner,
     objective: Objective,
@@ -118,7 +118,7 @@ def forecast(
     batches_per_epoch: int | None,
     num_processes: int = 1,
     device: torch.device | None = None,
-) -> Forecast:
+) -> Estimate:
     """Measures one pair and counts the rest; nothing is written, no token is changed.
 
     Args:
@@ -141,7 +141,7 @@ def forecast(
     if objective.needs_ema_predictions:  # predictions and shifted targets, float32
         kept = 2 * batch_size * captions * torch.Size(latent).numel() * 4
     frozen = _frozen(conditioner.pipeline)
-    return Forecast(
+    return Estimate(
         steps=steps,
         epochs=None if batches_per_epoch is None else steps * args.gradient_accumulation_steps / batches_per_epoch,
         images=examples.count,

@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,6 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from ...files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,9 @@ class TensorCache:
         return self.folder / digest[:2] / f"{digest[:32]}.safetensors"
 
     def _write(self, path: Path, content: bytes) -> None:
-        partial = path.with_name(f"{uuid.uuid4().hex}.partial")
         try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            write_whole(path, content, durable=False)  # what a power cut damages counts as missing
         except OSError as error:
-            partial.unlink(missing_ok=True)
             if error.errno != errno.ENOSPC:
                 raise
             raise OSError(
@@ -160,6 +158,7 @@ def fill(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Computes and stores what is missing.
 
@@ -172,6 +171,7 @@ def fill(
         batch_size: Names per call of `compute`.
         rank: Of this process, which computes every `world_size`-th of them.
         world_size: Processes that fill the cache together.
+        stop: Asked before each batch whether to leave the rest for another time.
 
     Returns:
         How many entries this process wrote.
@@ -187,6 +187,8 @@ def fill(
         _remove_stale(cache.folder)
     written, announced = 0, False
     for batch in _batches([name for name in names[rank::world_size] if name in missing], batch_size):
+        if stop():
+            break
         entries = compute(batch)
         if len(entries) != len(batch):
             raise ValueError(

@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import final
+from itertools import chain
+from typing import NamedTuple, final
 
 import torch
+from torch.utils.data import Sampler
 
-from .data import Block, Examples
-from .images import BrokenExample, Framing, Size, image_size
+from .dataset import Block, Examples
+from .image import BrokenExample, Framing, Size, image_size
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,8 @@ def draw_uniform(*key: int | str) -> float:
 
 
 @final
-@dataclass(frozen=True, eq=False, slots=True)
-class Slot:
-    """A row of a batch before it is loaded: a place in the order of the examples of its block and size.
+class Slot(NamedTuple):
+    """The index of a row of a batch: a place in the order of the examples of its block and size.
 
     Attributes:
         block: Of the example.
@@ -59,10 +59,9 @@ class Slot:
 
     def candidates(self) -> Iterator[int]:
         """Places in the block: of the example, then of those that may replace it, each once."""
-        yield self.order[self.place]
         middle = self.place + len(self.order) // 2
         others = ((middle + step) % len(self.order) for step in range(len(self.order)))
-        yield from (self.order[other] for other in others if other != self.place)
+        return chain([self.order[self.place]], (self.order[other] for other in others if other != self.place))
 
 
 @final
@@ -90,21 +89,23 @@ class BrokenCount:
 
     @contextmanager
     def skipping(self, name: str, *, out_of: float) -> Iterator[None]:
-        """Ends the block at a `BrokenExample`, and counts it.
+        """Ends the block at a `BrokenExample`, and counts it; arguments and errors as `add`."""
+        try:
+            yield
+        except BrokenExample as error:
+            self.add(name, error, out_of=out_of)
+
+    def add(self, name: str, error: BrokenExample, *, out_of: float) -> None:
+        """Counts a broken example.
 
         Args:
             name: Of the example.
+            error: What is wrong with it.
             out_of: Examples that a share refers to.
 
         Raises:
             ValueError: They are more than the limit.
         """
-        try:
-            yield
-        except BrokenExample as error:
-            self._add(name, error, out_of)
-
-    def _add(self, name: str, error: BrokenExample, out_of: float) -> None:
         allowed = self.limit if isinstance(self.limit, int) else math.ceil(self.limit * out_of)
         with self._lock:
             self._names.add(name)
@@ -119,11 +120,11 @@ class BrokenCount:
 
 
 @final
-class BatchPlan:
-    """The global batches of every epoch.
+class PairSampler(Sampler[list[Slot]]):
+    """The global batches of an epoch; iterating yields those of `epoch`, which `set_epoch` sets.
 
     Args:
-        examples: What is planned.
+        examples: What is ordered.
         framing: Which size each image is brought to.
         batch_size: Rows of a global batch, all processes together.
         seed: Of the order; None for the stored one.
@@ -148,44 +149,51 @@ class BatchPlan:
     ) -> None:
         self.examples, self.framing, self.batch_size = examples, framing, batch_size
         self.seed, self.buffer, self.drop_last, self._broken = seed, buffer, drop_last, broken
+        self.epoch = 0
         self._sizes = self._read_sizes() if framing.aspect_buckets and examples.count is not None else None
         self.size_counts = self._count_sizes()
         self._announce()
 
-    def batches(self, epoch: int) -> Iterator[list[Slot]]:
-        """The global batches of an epoch."""
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose batches are yielded from now on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Slot]]:
         waiting: dict[Size, list[Slot]] = {}
-        shards = None if self.seed is None else draw(self.seed, epoch, "shards")
+        shards = None if self.seed is None else draw(self.seed, self.epoch, "shards")
         for block in self.examples.blocks(block_size=self.buffer, seed=shards):
-            for slot in self._slots(block, epoch):
+            for slot in self._slots(block):
                 waiting.setdefault(slot.size, []).append(slot)
                 if len(waiting[slot.size]) == self.batch_size:
                     yield waiting.pop(slot.size)
         if not self.drop_last:
             yield from waiting.values()
 
-    @property
-    def count(self) -> int | None:
-        """Batches per epoch; None of a stream."""
+    def __len__(self) -> int:
+        """Batches of a whole epoch.
+
+        Raises:
+            TypeError: The examples are a stream.
+        """
         if self.size_counts is None:
-            return None
+            raise TypeError("the length of a stream shows at its end; set the number of training steps instead")
         rounded = math.floor if self.drop_last else math.ceil
         return sum(rounded(count / self.batch_size) for count in self.size_counts.values())
 
-    def _slots(self, block: Block, epoch: int) -> Iterator[Slot]:
+    def _slots(self, block: Block) -> list[Slot]:
         orders: dict[Size, list[int]] = {}
         slots = []
-        for place in self._order(block, epoch):
+        for place in self._order(block):
             if (size := self._size(block, place)) is not None:
                 order = orders.setdefault(size, [])
                 slots.append(Slot(block, order, len(order), size))
                 order.append(place)
-        return iter(slots)  # the orders are whole now
+        return slots  # the orders are whole now
 
-    def _order(self, block: Block, epoch: int) -> list[int]:
+    def _order(self, block: Block) -> list[int]:
         if self.seed is None:
             return list(range(block.size))
-        generator = torch.Generator().manual_seed(draw(self.seed, epoch, block.start, "order"))
+        generator = torch.Generator().manual_seed(draw(self.seed, self.epoch, block.start, "order"))
         return torch.randperm(block.size, generator=generator).tolist()
 
     def _size(self, block: Block, place: int) -> Size | None:

@@ -1,0 +1,197 @@
+"""Callbacks: what happens around the steps of a run, by the event names of transformers' `TrainerCallback`.
+
+Every event is called with `(args, state, control, **given)`. `state` is a `TrainerState` (`global_step`, `max_steps`,
+`epoch`, `best_metric`, `log_history`), `control` says what the trainer shall do next, and `given` always holds
+`trainer`, `model` (the denoiser), `optimizer`, `lr_scheduler` and `train_dataloader`, besides what is named here:
+
+- `on_train_begin`: nothing is encoded yet; `on_train_end`: the last step is done, or the run stops to go on later
+- `on_epoch_begin`, `on_epoch_end`, `on_step_begin`, `on_step_end`
+- `on_substep_end`: `pairs` (`PairBatch`) and `outcome` (`PairStep`) of one of the batches of the step
+- `on_pre_optimizer_step`: `loss`, `gradient_norm` and `batches`; `on_optimizer_step`: the tokens are new
+- `on_log`: `logs`; `on_evaluate`: `metrics`; `on_save`: a checkpoint is there
+- `on_exception`: `error`, which ends the run; only callbacks that define it are called
+
+The trainer's own habits are callbacks too, called before the user's: the schedule of logs, evaluations and checkpoints
+(`FlowCallback`), stopping (`StopCallback`, `RescueCallback`), steps that are not finite (`NonfiniteCallback`), and in
+the rooms of what they do `LogCallback`, `ProgressCallback`, `ValidationCallback` and `ReportCallback`.
+"""
+
+import json
+import logging
+import math
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, final
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from transformers import TrainerControl as _TrainerControl
+
+from ..files import write_whole
+
+__all__ = ["Callbacks", "FlowCallback", "StopCallback", "TrainerCallback", "TrainerControl", "TrainerState"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainerControl(_TrainerControl):
+    """What the trainer shall do next: transformers' `should_log`, `should_evaluate`, ..., and two more.
+
+    Attributes:
+        should_skip_step: The tokens stay as they are in this step.
+        should_pause: With `should_training_stop`: the run goes on another time, so nothing is reported or pushed yet.
+    """
+
+    should_skip_step: bool = False
+    should_pause: bool = False
+
+
+@final
+class Callbacks:
+    """Calls callbacks in their order.
+
+    Args:
+        callbacks: Callbacks, or classes of them that are made without arguments.
+    """
+
+    def __init__(self, callbacks: Sequence[Any]) -> None:
+        self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
+
+    def call(self, event: str, args: Any, state: TrainerState, control: Any, **given: Any) -> TrainerControl:
+        """Calls an event; returns the control, which a callback may replace."""
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)  # a callback written for transformers has no `on_exception`
+            control = (method(args, state, control, **given) if method else None) or control
+        return control
+
+
+@final
+class FlowCallback(TrainerCallback):
+    """Logs, evaluates, saves and ends by the settings' numbers of steps."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        control.should_evaluate = state.global_step == 0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        step, last = state.global_step, state.global_step >= state.max_steps
+        control.should_log = last or step % args.logging_steps == 0
+        control.should_evaluate = last or step % args.eval_steps == 0
+        control.should_save = last or step % args.save_steps == 0
+        control.should_training_stop = last
+
+
+@final
+class StopCallback(TrainerCallback):
+    """Lets the step in progress end, and be saved, when the run is asked to stop by SIGTERM, SIGINT or SIGHUP.
+
+    A second SIGINT stops at once. What the program was told to ignore (`nohup`) stays ignored; only the main thread
+    can listen.
+
+    Attributes:
+        asked: Whether this process was asked.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self._interrupted = False
+        self._former: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.asked = self._interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._former[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        self.heed(control, given["trainer"].accelerator)
+
+    def heed(self, control: Any, accelerator: Any) -> None:
+        """Stops the run, to go on another time, if any process was asked."""
+        asked = torch.tensor([int(self.asked)], device=accelerator.device)
+        if accelerator.gather(asked).any() and not control.should_training_stop:
+            control.should_training_stop = control.should_pause = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+        self._former = {}
+
+    on_exception = on_train_end
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self.asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
+
+
+@final
+class RescueCallback(TrainerCallback):
+    """Saves the last whole step when an error ends the run; a second SIGINT is none, and loses what was not saved."""
+
+    def on_exception(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        trainer, error = given["trainer"], given["error"]
+        if not isinstance(error, Exception) or not state.is_world_process_zero:
+            return
+        try:
+            saved = trainer.save_last_step()
+        except Exception as further:  # a full disk, say; the first error is the one to tell
+            logger.warning("the last step could not be saved either: %s", further)
+            return
+        if saved is not None:
+            logger.warning("the run ended in an error; step %d is saved in %s", state.global_step, saved)
+
+
+@final
+class NonfiniteCallback(TrainerCallback):
+    """Skips steps whose loss or gradient is NaN or infinite, lists their batches, and ends a run of too many.
+
+    Where float16 gradients overflow, the loss scale is halved instead.
+
+    Attributes:
+        in_a_row: How many steps were skipped since the last good one; kept in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        """Decides on a step.
+
+        Raises:
+            FloatingPointError: It was one too many in a row.
+        """
+        loss, gradient_norm = given["loss"], given["gradient_norm"]
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            self.in_a_row = 0
+            return
+        control.should_skip_step = True
+        trainer, step = given["trainer"], state.global_step
+        if math.isfinite(loss) and trainer.engine.loss_scale > 1:
+            trainer.engine.loss_scale /= 2
+            return
+        self.in_a_row += 1
+        report = Path(args.output_dir) / f"nonfinite-step-{step}-rank-{trainer.accelerator.process_index}.json"
+        entries = [
+            {"example": row.name, "caption": row.caption, "negative_captions": row.negative_captions}
+            for batch in given["batches"]
+            for row in batch
+        ]
+        found = {"step": step, "loss": str(loss), "gradient_norm": str(gradient_norm), "batch": entries}
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(report, json.dumps(found, indent=2))
+        logger.warning(
+            "step %d is skipped: its loss is %s, the norm of its gradient %s; its batch is in %s",
+            *(step, loss, gradient_norm, report),
+        )
+        if self.in_a_row >= args.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"loss or gradient were not finite for {self.in_a_row} steps in a row, the last one step {step}: see "
+                f"{report}; lower learning_rate, set max_grad_norm, or use mixed_precision='no' or 'bf16'"
+            )

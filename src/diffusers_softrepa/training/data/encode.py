@@ -1,0 +1,212 @@
+"""From loaded examples to latents and encoded captions, out of a cache where there is one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor
+
+from ...conditioning import Conditioner
+from ...conditioning.conditions import Conditions, concatenate
+from ..arguments import ContrastiveFlowMatchingArguments
+from .cache import TensorCache, fill, model_fingerprint
+from .dataset import Example, Examples
+from .image import Framing, Size, content_id, fetch, image_size
+from .loader import Reader, image_name
+from .sampler import BrokenCount
+
+logger = logging.getLogger(__name__)
+
+ENCODE_BATCH_SIZE = 16
+
+
+@final
+class Encoder:
+    """Encodes examples for a denoiser, and keeps on disk what the settings want kept there.
+
+    Attributes:
+        latents: Cache of the training images' latents, the mode of the VAE's posterior at one crop; None to encode
+            every time.
+        text: Cache of encoded captions and hard negatives, one entry each; None to encode every time.
+
+    Args:
+        args: The settings. In a dry run there are no caches: to open one makes its folder.
+        conditioner: Of the pipeline.
+        framing: How images become pixels.
+        device: Where latents and conditions go.
+    """
+
+    def __init__(
+        self,
+        args: ContrastiveFlowMatchingArguments,
+        conditioner: Conditioner,
+        framing: Framing,
+        device: torch.device,
+    ) -> None:
+        self._args, self._conditioner, self._framing, self._device = args, conditioner, framing, device
+        encoders = [name for name in conditioner.pipeline.components if name.startswith("text_encoder")]
+        text = {
+            "conditioner": type(conditioner).__name__,
+            "precision": args.mixed_precision,
+            "max_sequence_length": args.max_sequence_length,
+        }
+        kept = not args.dry_run
+        self.latents = (
+            self._open("latents", ["vae"], framing.settings(args.seed)) if kept and args.cache_latents else None
+        )
+        self.text = self._open("text", encoders, text) if kept and args.cache_text else None
+
+    def encode_images(self, examples: Sequence[Example], generators: Sequence[Generator]) -> Tensor:
+        """Returns latents (b, C, h, w) float32: a sample of the VAE's posterior each, or the cached ones.
+
+        Args:
+            examples: Loaded, of one size.
+            generators: On the CPU, one for each.
+        """
+        cached = [example.latents["latents"] for example in examples if example.latents is not None]
+        if cached:
+            return torch.stack(cached).to(self._device, torch.float32)
+        pixels = torch.stack([example.pixels for example in examples if example.pixels is not None])
+        drawn: Any = list(generators)
+        return self._conditioner.encode_images(pixels, drawn).to(self._device)
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """Returns the encoded captions, one row each."""
+        distinct = list(dict.fromkeys(captions))
+        encoded = self._from_cache(distinct) if self.text is not None else self._encoded(distinct)
+        row = {caption: number for number, caption in enumerate(distinct)}
+        rows = torch.tensor([row[caption] for caption in captions], device=self._device)
+        return {name: value.to(self._device)[rows] for name, value in encoded.items()}
+
+    def fill(self, examples: Examples, accelerator: Accelerator, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Computes what the caches lack, each process its share; says first how much disk that takes, or refuses.
+
+        Args:
+            examples: Of training.
+            accelerator: The processes.
+            stop: Asked before each batch whether to leave the rest for another time.
+
+        Raises:
+            CacheTooLarge: More than `max_cache_gigabytes`, or than the disk has free.
+            ValueError: The examples are a stream, or too many images are broken.
+        """
+        share: Any = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "stop": stop}
+        if self.latents is not None:
+            fill_latents(
+                self.latents,
+                examples,
+                self._framing,
+                lambda pixels: {"latents": self._conditioner.encode_images(pixels)},
+                batch_size=ENCODE_BATCH_SIZE,
+                seed=self._args.seed,
+                max_broken=self._args.max_broken,
+                **share,
+            )
+        if self.text is not None:
+            self._fill_text(list(examples.captions()), **share)
+        accelerator.wait_for_everyone()
+
+    def _open(self, kind: str, names: Iterable[str], settings: Mapping[str, Any]) -> TensorCache:
+        components = self._conditioner.pipeline.components
+        models = {name: model_fingerprint(part) for name in names if (part := components.get(name)) is not None}
+        return TensorCache(
+            self._args.cache_dir or Path(self._args.output_dir) / "cache",
+            {"kind": kind, **models, **settings},
+            max_cache_bytes=int(self._args.max_cache_gigabytes * 1e9),
+        )
+
+    def _encoded(self, captions: Sequence[str]) -> Conditions:
+        parts = [captions[first : first + ENCODE_BATCH_SIZE] for first in range(0, len(captions), ENCODE_BATCH_SIZE)]
+        encoded = [self._conditioner.encode_captions(part) for part in parts]
+        return encoded[0] if len(encoded) == 1 else concatenate(encoded)
+
+    def _from_cache(self, captions: list[str]) -> Conditions:
+        assert self.text is not None
+        self._fill_text(captions)
+        entries = [entry for caption in captions if (entry := self.text.get(caption)) is not None]
+        if len(entries) < len(captions):  # somebody is deleting the cache
+            return self._encoded(captions)
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+    def _fill_text(self, captions: Sequence[str], **share: Any) -> None:
+        """Encodes the captions that the cache lacks; arguments and errors as `cache.fill`."""
+        assert self.text is not None
+
+        def encode(names: list[str]) -> list[Conditions]:
+            encoded = self._conditioner.encode_captions(names)
+            return [{name: value[row] for name, value in encoded.items()} for row in range(len(names))]
+
+        fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, **share)
+
+
+def fill_latents(
+    cache: TensorCache,
+    examples: Examples,
+    framing: Framing,
+    encode: Callable[[Tensor], Mapping[str, Tensor]],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    max_broken: int | float = 0.01,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Encodes the images that the cache lacks; `PairLoader(latents=cache)` reads them.
+
+    The same image in several rows or files is encoded once.
+
+    Args:
+        cache: Its settings hold `framing.settings(seed)` and `model_fingerprint(vae)` at least.
+        examples: Not a stream.
+        framing: As the loader's.
+        encode: From pixels (n, 3, H, W) in [-1, 1] to named tensors (n, ...), such as the moments of the VAE.
+        batch_size: Images per call of `encode`.
+        seed: As the loader's.
+        max_broken: Broken images that are left out before an error: a number, or a share.
+        rank: Of this process.
+        world_size: Processes that fill the cache together.
+        stop: Asked before each image and batch whether to leave the rest for another time.
+
+    Returns:
+        How many entries this process wrote.
+
+    Raises:
+        CacheTooLarge: They would not fit.
+        ValueError: It is a stream, or more images are broken than `max_broken`.
+    """
+    if examples.count is None:
+        raise ValueError("a cache of latents needs a data set of known length; encode a stream as it comes")
+    (block,) = examples.blocks(block_size=1)
+    reader, broken = Reader(framing, seed), BrokenCount(max_broken)
+    logger.info("looking through %d images for the cache of latents", block.size)
+    found: dict[str, tuple[Size, int]] = {}
+    for place in range(block.size):
+        if stop():
+            return 0
+        example = block.read(place)
+        with broken.skipping(example.name, out_of=block.size):
+            fetched = fetch(example.image)
+            found.setdefault(image_name(content_id(fetched)), (framing.size_of(image_size(fetched)), place))
+
+    def compute(names: list[str]) -> list[dict[str, Tensor] | None]:
+        entries: dict[str, dict[str, Tensor]] = {}
+        for _, group in groupby(names, key=lambda name: found[name][0]):
+            pixels = {}
+            for name in group:
+                example = block.read(found[name][1])
+                with broken.skipping(example.name, out_of=block.size):
+                    pixels[name] = reader.cached_pixels(example)
+            if pixels:
+                encoded = encode(torch.stack(list(pixels.values())))
+                entries |= {name: {key: encoded[key][row] for key in encoded} for row, name in enumerate(pixels)}
+        return [entries.get(name) for name in names]
+
+    by_size = sorted(found, key=lambda name: found[name])
+    return fill(cache, by_size, compute, batch_size=batch_size, rank=rank, world_size=world_size, stop=stop)

@@ -1,0 +1,258 @@
+"""Loaded examples for one process, batch by batch, ahead of time by threads, resumable at any batch.
+
+What is in a batch is decided by `sampler`, which draws from hashes and not from a random state; so the position in the
+data is two numbers, the epoch and the batches taken from it. Caption, crop and flip of a row are drawn from (seed,
+epoch, number of the example or content of the image).
+
+Threads and not processes load: Pillow decodes and resizes without Python's lock, a broken image is counted where the
+others are, nothing is copied between processes, and a signal to the process group ends no worker of a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, final
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .cache import TensorCache
+from .dataset import Example, Examples
+from .image import BrokenExample, Frame, Framing, Size, content_id, decode, fetch, image_size, place_frame, render
+from .sampler import BrokenCount, PairSampler, Slot, draw, draw_uniform
+
+
+@final
+@dataclass(frozen=True)
+class Reader:
+    """Loads examples: draws a caption, decodes and frames the image, or looks its latents up.
+
+    Attributes:
+        framing: Size and crop of the pixels.
+        seed: Of all draws.
+        latents: Cache of latents to read instead of decoding images. It holds every image once, as it is framed in
+            epoch 0: so a random crop or flip is the same in every epoch.
+    """
+
+    framing: Framing
+    seed: int
+    latents: TensorCache | None = None
+
+    def load(self, example: Example, *, number: int, epoch: int, size: Size) -> Example:
+        """Returns an example with caption and pixels or latents.
+
+        Args:
+            example: As stored.
+            number: Of the example in the data set (of a stream: in the epoch).
+            epoch: Of the draws.
+            size: Of the pixels, (H, W).
+
+        Raises:
+            BrokenExample: It has no caption, its image cannot be read, or is not in the cache of latents.
+        """
+        fetched = fetch(example.image)
+        if not example.captions:
+            raise BrokenExample("it has no caption")
+        several = len(example.captions) > 1
+        drawn = draw(self.seed, epoch, number, "caption") % len(example.captions) if several else 0
+        identity = content_id(fetched)
+        pixels, latents = None, None
+        if self.latents is None:
+            image = decode(fetched)
+            pixels = render(image, self._frame(image, size, identity, epoch))
+        elif (latents := self.latents.get(image_name(identity))) is None:
+            raise BrokenExample("its latents are not in the cache: it was broken, or not there, when that was filled")
+        return replace(
+            example,
+            image=None,
+            caption=example.captions[drawn],
+            pixels=pixels,
+            latents=latents,
+            image_id=identity,
+            size=size,
+        )
+
+    def cached_pixels(self, example: Example) -> Tensor:
+        """The pixels that the cache of latents holds the latents of, (3, H, W); errors as `load`."""
+        fetched = fetch(example.image)
+        image, size = decode(fetched), self.framing.size_of(image_size(fetched))
+        return render(image, self._frame(image, size, content_id(fetched), epoch=0))
+
+    def _frame(self, image: Image.Image, size: Size, identity: int, epoch: int) -> Frame:
+        framing, key = self.framing, (self.seed, epoch, identity)
+        crop_at = draw_uniform(*key, "crop") if framing.crop == "random" else 0.5
+        flip_at = draw_uniform(*key, "flip") if framing.flip else 1.0
+        return place_frame((image.height, image.width), size, framing, crop_at=crop_at, flip_at=flip_at)
+
+
+def image_name(image_id: int) -> str:
+    """The name of an image in a cache of latents."""
+    return f"image-{image_id:016x}"
+
+
+@final
+class PairLoader(DataLoader[list[Example]]):
+    """The batches of one process, each a list of loaded examples of one size.
+
+    Iterating yields what is left of the current epoch and ends with it; iterating again yields the next. One
+    iterator at a time. A stream too short for one batch raises ValueError at its end.
+
+    Process r gets rows r * batch_size to (r + 1) * batch_size of a global batch of batch_size * world_size rows, which
+    is the same for any number of processes. Each reads the whole stream but decodes only its own rows.
+
+    Args:
+        examples: From `open_examples`.
+        framing: Size and crop of the pixels.
+        batch_size: Rows per process.
+        seed: Of all draws.
+        rank: Of this process.
+        world_size: Number of processes.
+        shuffle: Draws the order, else as stored.
+        shuffle_buffer: Examples of a stream that are held in memory, as stored, and permuted.
+        drop_last: Leaves out the rows that do not fill a batch at the end of an epoch: other ones in each, unless a
+            bucket is smaller than a batch.
+        max_broken: Different broken examples in an epoch that are replaced before an error: a number, or a share of
+            the examples.
+        num_workers: Threads that load ahead; 0 loads when asked.
+        prefetch: Batches to load ahead.
+        latents: Cache filled by `encode.fill_latents`; images that are not in it count as broken.
+
+    Raises:
+        ValueError: A setting is out of range, or the examples do not fill a batch.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        framing: Framing,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        shuffle_buffer: int = 1000,
+        drop_last: bool = True,
+        max_broken: int | float = 0.01,
+        num_workers: int = 2,
+        prefetch: int = 2,
+        latents: TensorCache | None = None,
+    ) -> None:
+        _check_at_least(1, batch_size=batch_size, shuffle_buffer=shuffle_buffer, prefetch=prefetch)
+        _check_at_least(0, num_workers=num_workers)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..world_size - 1 but got rank {rank} of {world_size}")
+        if world_size > 1 and not drop_last:
+            raise ValueError("several processes need drop_last=True, or some would have no row of the last batch")
+        self.rows = slice(rank * batch_size, (rank + 1) * batch_size)
+        self.world_size, self._threads, self._prefetch = world_size, num_workers, prefetch
+        self.epoch, self.batches = 0, 0
+        self._broken = BrokenCount(max_broken)
+        self._reader = Reader(framing, seed, latents)
+        self.order = PairSampler(
+            examples,
+            framing,
+            batch_size=batch_size * world_size,
+            seed=seed if shuffle else None,
+            buffer=shuffle_buffer,
+            drop_last=drop_last,
+            broken=self._broken,
+        )
+        super().__init__(examples, batch_sampler=self.order, collate_fn=list)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[Example]]:  # type: ignore[override]
+        epoch, start = self.epoch, self.batches
+        self._broken.start_epoch()
+        self.order.set_epoch(epoch)
+        own = (slots[self.rows] for slots in islice(self.order, self.batches, None))
+        for batch in self._load_ahead(own, epoch):
+            self.batches += 1
+            yield batch
+        if start == self.batches == 0:
+            raise ValueError(
+                f"the stream ended before it filled a batch of {self.order.batch_size}; use smaller batches"
+            )
+        self.epoch, self.batches = epoch + 1, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch; raises TypeError for a stream."""
+        return len(self.order)
+
+    @property
+    def num_broken(self) -> int:
+        """Different broken examples that this process met in this epoch."""
+        return len(self._broken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the settings under which it is one."""
+        return {"epoch": self.epoch, "batches": self.batches, **self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position; skips what lies before it without decoding images (a stream is read up to there).
+
+        Args:
+            state: From `state_dict()`; with `epoch` and `batches` alone it is taken as it is.
+
+        Raises:
+            ValueError: It was saved under other settings, where the position is another.
+        """
+        own = self._settings()
+        other = {name: (state[name], own[name]) for name in own if name in state and state[name] != own[name]}
+        if other:
+            raise ValueError(
+                f"the position in the data was saved under other settings (saved, now): {other}; go on with the saved "
+                "ones, or begin an epoch with load_state_dict({'epoch': ..., 'batches': 0})"
+            )
+        self.epoch, self.batches = int(state["epoch"]), int(state["batches"])
+
+    def _settings(self) -> dict[str, Any]:
+        order = self.order
+        return {
+            "seed": self._reader.seed,
+            "shuffle": order.seed is not None,
+            "shuffle_buffer": order.buffer if order.examples.count is None else None,
+            "drop_last": order.drop_last,
+            "global_batch_size": order.batch_size,
+            "num_examples": order.examples.count,
+            "sizes": [list(size) for size in order.framing.sizes],
+        }
+
+    def _load_ahead(self, order: Iterator[list[Slot]], epoch: int) -> Iterator[list[Example]]:
+        if self._threads == 0:
+            yield from ([self._load(slot, epoch) for slot in slots] for slots in order)
+            return
+        planner, workers = ThreadPoolExecutor(1), ThreadPoolExecutor(self._threads)
+
+        def start_batch() -> list[Future[Example]]:
+            return [workers.submit(self._load, slot, epoch) for slot in next(order, [])]
+
+        try:
+            started = deque(planner.submit(start_batch) for _ in range(self._prefetch + 1))
+            while batch := started.popleft().result():
+                yield [row.result() for row in batch]
+                started.append(planner.submit(start_batch))
+        finally:
+            planner.shutdown(cancel_futures=True)
+            workers.shutdown(cancel_futures=True)
+
+    def _load(self, slot: Slot, epoch: int) -> Example:
+        """Loads a row, or the first of those that may replace it that is not broken."""
+        block, order, _, size = slot
+        for place in slot.candidates():
+            example = block.read(place)
+            try:
+                return self._reader.load(example, number=block.start + place, epoch=epoch, size=size)
+            except BrokenExample as error:
+                self._broken.add(example.name, error, out_of=(block.start + block.size) / self.world_size)
+        raise ValueError(f"none of {len(order)} examples of size {size} can be used; see the warnings before")
+
+
+def _check_at_least(least: int, **settings: int) -> None:
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least} but got {value}")

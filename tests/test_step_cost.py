@@ -1,0 +1,43 @@
+"""A step of training goes through few functions: the price of reading it, and of finding where something is done."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import diffusers_softrepa
+from training_runs import At, trainer
+
+TRAINING = str(Path(diffusers_softrepa.__file__).parent / "training")
+MOST = 115
+"""Half of the 231 functions that a step of four images took when a datum still had ten forms."""
+
+
+def test_a_step_calls_few_functions_of_training(tmp_path: Path):
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(TRAINING) and not code.co_name.startswith("<"):
+            calls[f"{Path(code.co_filename).name}: {code.co_name}"] += 1
+
+    run = trainer(
+        tmp_path,
+        train_batch_size=4,
+        dataloader_num_workers=0,
+        max_steps=6,
+        save_steps=9,
+        eval_steps=9,
+        logging_steps=9,
+        callbacks=[
+            At("on_step_end", 3, lambda _: sys.setprofile(count)),
+            At("on_step_end", 4, lambda _: sys.setprofile(None)),
+        ],
+    )
+    before = sys.getprofile()
+    try:
+        run.train()
+    finally:
+        sys.setprofile(before)
+    assert 20 < calls.total() <= MOST, calls
