@@ -18,7 +18,7 @@ from ..arguments import ContrastiveFlowMatchingArguments
 from .cache import TensorCache, fill, model_fingerprint
 from .dataset import Example, Examples
 from .image import Framing, Size, content_id, fetch, image_size
-from .loader import Reader, image_name
+from .loader import Reader
 from .sampler import BrokenCount
 
 logger = logging.getLogger(__name__)
@@ -193,16 +193,17 @@ def fill_latents(
         example = block.read(place)
         with broken.skipping(example.name, out_of=block.size):
             fetched = fetch(example.image)
-            found.setdefault(image_name(content_id(fetched)), (framing.size_of(image_size(fetched)), place))
+            for size in framing.sizes_of(image_size(fetched)):
+                found.setdefault(reader.latents_name(content_id(fetched), size), (size, place))
 
     def compute(names: list[str]) -> list[dict[str, Tensor] | None]:
         entries: dict[str, dict[str, Tensor]] = {}
-        for _, group in groupby(names, key=lambda name: found[name][0]):
+        for size, group in groupby(names, key=lambda name: found[name][0]):
             pixels = {}
             for name in group:
                 example = block.read(found[name][1])
                 with broken.skipping(example.name, out_of=block.size):
-                    pixels[name] = reader.cached_pixels(example)
+                    pixels[name] = reader.cached_pixels(example, size)
             if pixels:
                 encoded = encode(torch.stack(list(pixels.values())))
                 entries |= {name: {key: encoded[key][row] for key in encoded} for row, name in enumerate(pixels)}
