@@ -249,23 +249,12 @@ class ContrastiveFlowMatchingArguments:
     torch_compile_mode: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("report_to", "validation_prompts"):
+        for name in ("report_to", "validation_prompts", "further_resolutions"):
             value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else value or [])
+            setattr(self, name, [value] if isinstance(value, str | int) else value or [])
         if isinstance(self.report_to, list):
             self.report_to = [name for name in self.report_to if name != "none"]
         self.optim_args = json.dumps(_named_values(self.optim_args))
-        if isinstance(self.further_resolutions, int):
-            self.further_resolutions = [self.further_resolutions]
-        for side in self.further_resolutions:
-            if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-                raise ValueError(f"further_resolutions must be whole numbers of pixels, but one is {side!r}")
-        if not 0 <= self.proportion_empty_prompts < 1:
-            raise ValueError(
-                f"proportion_empty_prompts must be at least 0 and below 1, but is {self.proportion_empty_prompts!r}"
-            )
-        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
-            raise ValueError(f"snr_gamma must be a positive number, or None, but is {self.snr_gamma!r}")
         for name in ("output_dir", "cache_dir", "resume_from_checkpoint"):
             if isinstance(value := getattr(self, name), str | os.PathLike):
                 setattr(self, name, os.path.expanduser(value))
@@ -274,6 +263,15 @@ class ContrastiveFlowMatchingArguments:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, but is {quoted(value)}")
         self._check_types()
+        for side in self.further_resolutions:
+            if side < 1:
+                raise ValueError(f"further_resolutions must be whole numbers of pixels, but one is {side!r}")
+        if not 0 <= self.proportion_empty_prompts < 1:
+            raise ValueError(
+                f"proportion_empty_prompts must be at least 0 and below 1, but is {self.proportion_empty_prompts!r}"
+            )
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
+            raise ValueError(f"snr_gamma must be a positive number, or None, but is {self.snr_gamma!r}")
         for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
             value, positive = getattr(self, name), name in _POSITIVE.split()
             if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
@@ -368,7 +366,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        return isinstance(value, list) and all(_is_of(entry, get_args(kind)[0]) for entry in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
