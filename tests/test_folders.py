@@ -179,7 +179,10 @@ def test_a_folder_of_texts_alone_is_not_taken_for_data(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"file_name,text\n0.png,a cat\n1.png,caf\xe9\n", "line 3 of .*metadata.csv is not UTF-8 text; save the file"),
+        (
+            b"file_name,text\n0.png,a cat\n1.png,\xe9t\xe9\n",
+            "line 3 of .*metadata.csv is not UTF-8 text; save the file",
+        ),
         ("file_name,text\n0.png,a cat\n".encode("utf-16"), "line 1 of .*metadata.csv is not UTF-8 text"),
         (b"file_name,text\n0.png,a cat, a dog\n", "line 2 of .*metadata.csv has more fields than the heading"),
         (b"number,text\n0,a cat\n", "every row of .*metadata.csv must name an image file, .* but line 2 is"),
@@ -196,7 +199,7 @@ def test_a_table_that_cannot_be_read_is_named_with_its_line(text: bytes, message
 
 def test_a_caption_file_in_another_encoding_is_named_with_its_line(tmp_path: Path):
     sidecars(tmp_path)
-    (tmp_path / "1.txt").write_bytes("a cat\ncafé".encode("latin-1"))
+    (tmp_path / "1.txt").write_bytes("a cat\nété".encode("latin-1"))
     with pytest.raises(UnreadableText, match=r"line 2 of .*1\.txt is not UTF-8 text"):
         open_examples(tmp_path)
 

@@ -353,7 +353,7 @@ class ContrastiveFlowMatchingTrainer:
     ) -> PairLoader:
         return PairLoader(
             examples,
-            self.framing,
+            self.framing if shuffle else replace(self.framing, further_resolutions=()),
             batch_size=self.args.train_batch_size,
             seed=self.args.seed,
             rank=self.accelerator.process_index,

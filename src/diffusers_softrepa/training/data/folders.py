@@ -115,9 +115,10 @@ def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None
     """
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in images:
-        for name in {path.name, path.stem}:
-            by_name[name].append(path)
-    rows, missing = [], []
+        for known in {path.name, path.stem}:
+            by_name[known].append(path)
+    rows: Rows = []
+    missing: list[str] = []
     for where, row in _read_table(table):
         column = file_column or _file_column(row)
         name = row.get(column) if column and isinstance(row, dict) else None
