@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -143,11 +144,13 @@ def keeping_weights(denoiser: Any, predict: Callable[..., Tensor]) -> Callable[.
     """Makes a prediction that can be trained through where the denoiser is offloaded.
 
     Offloading takes the weights away from the parameters after each block, but its backward pass needs them: so the
-    graph keeps what the parameters held. With gradient checkpointing that is one block's weights at a time.
+    graph keeps what the parameters held. With gradient checkpointing that is one block's weights at a time. Whether it
+    is offloaded is seen at the first call.
     """
+    offloaded = cache(lambda: _is_offloaded(denoiser))
 
     def predicted(*args: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and _is_offloaded(denoiser)):
+        if not (torch.is_grad_enabled() and offloaded()):
             return predict(*args)
         with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
             return predict(*args)

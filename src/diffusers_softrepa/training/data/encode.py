@@ -175,12 +175,10 @@ class Encoder:
         return int(self._args.max_cache_gigabytes * 1e9)
 
     def _encoded(self, captions: Sequence[str]) -> Conditions:
-        with encoders_at_hand(self._conditioner.pipeline, self._device):
-            return self._encoded_in_parts(captions)
-
-    def _encoded_in_parts(self, captions: Sequence[str]) -> Conditions:
         parts = [captions[first : first + ENCODE_BATCH_SIZE] for first in range(0, len(captions), ENCODE_BATCH_SIZE)]
-        encoded = [self._conditioner.encode_captions(part) for part in parts]
+        away = self._args.cache_text  # else they are where training is
+        with encoders_at_hand(self._conditioner.pipeline, self._device) if away else nullcontext():
+            encoded = [self._conditioner.encode_captions(part) for part in parts]
         return encoded[0] if len(encoded) == 1 else concatenate(encoded)
 
     def _from_cache(self, captions: list[str]) -> Conditions:
