@@ -241,3 +241,49 @@ def test_a_broken_header_is_a_broken_example(tmp_path):
 def test_what_is_no_image_at_all_is_a_type_error():
     with pytest.raises(TypeError, match="images must be bytes, paths, PIL images, arrays or tensors"):
         fetch(3)
+
+
+def png_with(metadata: str) -> bytes:
+    """Returns a PNG of a tall picture that is stored lying, with its orientation where `metadata` says."""
+    import struct
+    import zlib
+
+    from PIL import PngImagePlugin
+
+    stored = Image.new("RGB", (24, 10), "blue")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = exif.tobytes().removeprefix(b"Exif\0\0")
+    texts = PngImagePlugin.PngInfo()
+    if metadata == "XMP":
+        texts.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    if metadata == "profile":
+        digits = (b"Exif\0\0" + raw).hex()
+        texts.add_text("Raw profile type exif", f"\nexif\n{len(digits) // 2:8d}\n{digits}\n", zip=True)
+    file = io.BytesIO()
+    stored.save(file, "PNG", pnginfo=texts, **({"exif": exif} if metadata == "eXIf" else {}))
+    data = file.getvalue()
+    if metadata == "eXIf behind the pixels":
+        chunk = struct.pack(">I", len(raw)) + b"eXIf" + raw + struct.pack(">I", zlib.crc32(b"eXIf" + raw))
+        end = data.rindex(b"IEND") - 4
+        data = data[:end] + chunk + data[end:]
+    return data
+
+
+@pytest.mark.parametrize("metadata", ["eXIf", "eXIf behind the pixels", "XMP", "profile", "none"])
+def test_header_and_pixels_of_a_png_have_one_idea_of_upright(metadata: str, tmp_path):
+    data = png_with(metadata)
+    (tmp_path / "a.png").write_bytes(data)
+    expected = (10, 24) if metadata == "none" else (24, 10)
+    opened = Image.open(io.BytesIO(data))
+    assert image_size(data) == image_size(tmp_path / "a.png") == image_size(opened) == expected
+    assert (decode(data).height, decode(data).width) == (decode(opened).height, decode(opened).width) == expected
+
+
+def test_the_size_of_a_png_is_read_without_decoding_it(monkeypatch):
+    def load(_self):
+        raise AssertionError("decoded")
+
+    data = png_with("XMP")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    assert image_size(data) == (24, 10)

@@ -26,6 +26,10 @@ _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|([\[{])|[\]}]', re.D
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+class UnreadableText(ValueError):
+    """A file is not UTF-8 text; the message names the file and the line."""
+
+
 class UnreadableJSON(ValueError):
     """A text is no JSON that this package reads; the message names the file, the line where one is known, and why."""
 
@@ -142,6 +146,40 @@ def read_json(
     return parse_json(content, where, max_bytes=max_bytes, max_depth=max_depth, allow_nonfinite=allow_nonfinite)
 
 
+def read_lines(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> list[str]:
+    """Returns the lines of a text file without their ends, which are newlines, with or without a carriage return.
+
+    Nothing else ends a line: not the separators of Unicode, such as U+2028, which stand inside texts.
+
+    Args:
+        path: The file, in UTF-8 with or without a byte order mark.
+        max_bytes: Longest file that is read.
+
+    Raises:
+        UnreadableText: It is in another encoding, or too long; the message names the file and the line.
+        OSError: There is no such file, or it cannot be read.
+    """
+    where = one_line(os.fspath(path))
+    if not Path(path).is_file() and Path(path).exists():
+        raise OSError(f"{where} is no file that can be read")
+    with Path(path).open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnreadableText(f"{where} is longer than {max_bytes:,} bytes, the most that is read")
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    found = []
+    for number, line in enumerate(lines[:-1] if len(lines) > 1 and not lines[-1] else lines, start=1):
+        try:
+            if b"\0" in line:  # as UTF-16 and UTF-32 have them
+                raise ValueError
+            found.append(line.decode().removesuffix("\r"))
+        except ValueError as error:
+            raise UnreadableText(
+                f"line {number} of {where} is not UTF-8 text; save the file as UTF-8 and try again"
+            ) from error
+    return found
+
+
 def read_json_lines(
     path: str | os.PathLike[str],
     *,
@@ -149,6 +187,7 @@ def read_json_lines(
     max_bytes: int = MAX_BYTES,
     max_depth: int = MAX_DEPTH,
     allow_nonfinite: bool = False,
+    allow_surrogates: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """Reads a file with a JSON text on each line and yields each line's number, from 1, and value.
 
@@ -160,6 +199,7 @@ def read_json_lines(
         max_bytes: Longest line that is read.
         max_depth: How many lists and objects may stand in one another.
         allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are taken.
+        allow_surrogates: Whether a text may hold half of a character, for readers that look for it themselves.
 
     Raises:
         UnreadableJSON: A line is no such JSON; the message names it.
@@ -180,6 +220,7 @@ def read_json_lines(
                     max_bytes=max_bytes,
                     max_depth=max_depth,
                     allow_nonfinite=allow_nonfinite,
+                    allow_surrogates=allow_surrogates,
                 )
             except UnreadableJSON:
                 if torn_end and not line.endswith(b"\n") and len(line) <= max_bytes:
@@ -195,6 +236,7 @@ def parse_json(
     max_bytes: int = MAX_BYTES,
     max_depth: int = MAX_DEPTH,
     allow_nonfinite: bool = False,
+    allow_surrogates: bool = False,
 ) -> Any:
     """Returns what a JSON text holds.
 
@@ -204,6 +246,7 @@ def parse_json(
         max_bytes: Longest text that is read.
         max_depth: How many lists and objects may stand in one another.
         allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are taken.
+        allow_surrogates: Whether a text may hold half of a character, for readers that look for it themselves.
 
     Raises:
         UnreadableJSON: It is no such JSON, or a key stands twice in one object.
@@ -228,7 +271,7 @@ def parse_json(
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UnreadableJSON(f"{where} is not JSON: {one_line(error.msg, 80)} at {place}") from error
-    if _SURROGATE.search(text) and not _is_unicode(value):
+    if not allow_surrogates and _SURROGATE.search(text) and not _is_unicode(value):
         raise UnreadableJSON(
             f"{where} holds half of a character (a lone surrogate such as \\ud83d), which no text has"
         )

@@ -21,7 +21,7 @@ from ..pipeline import add_softrepa, denoiser_of, load_softrepa
 from ..training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer, check_run
 from ..training.arguments import with_new_names
 from ..training.checkpoints import Checkpoints
-from ..training.data.dataset import load_rows
+from ..training.data import open_examples
 from .models import Precision, load_pipeline
 from .settings import needed, option, parse
 
@@ -55,7 +55,10 @@ class ModelOptions:
 class DataOptions:
     """What to learn from."""
 
-    train_data: str = needed("Folder with metadata.jsonl, webdataset shards, or a data set on the disk or the Hub.")
+    train_data: str = needed(
+        "Folder of images with captions, webdataset shards, or a data set on the disk or the Hub; or several of them "
+        'with weights: {"photos": 1, "paintings": 2}.'
+    )
     train_split: str = option("Split of the training data, where a data set has several.", "train")
     eval_data: str | None = option("Held-out images with captions, in the forms of train_data.")
     eval_split: str = option("Split of the held-out data.", "train")
@@ -100,11 +103,18 @@ def put_adapter(pipeline: Any, model: ModelOptions, args: ContrastiveFlowMatchin
     add_softrepa(pipeline, config, text_embeddings=embeddings, generator=generator)
 
 
-def _rows(source: str | None, split: str, streaming: bool) -> Any:
-    """Returns a source for the trainer: as it is where its split is the usual one, else its rows."""
+def _opened(source: str | None, split: str, streaming: bool, args: ContrastiveFlowMatchingArguments) -> Any:
+    """Returns a source for the trainer: as it is where its split is the usual one, else opened."""
     if source is None or (split == "train" and not streaming):
         return source
-    return load_rows(source, split, streaming or None)
+    return open_examples(
+        source,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        negative_caption_column=args.negative_caption_column,
+        split=split,
+        streaming=streaming or None,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -112,8 +122,8 @@ def main(argv: Sequence[str]) -> None:
     model, data, args = settings(argv)
     train_data, eval_data = check_run(  # before a model is loaded
         args,
-        _rows(data.train_data, data.train_split, data.streaming),
-        _rows(data.eval_data, data.eval_split, data.streaming),
+        _opened(data.train_data, data.train_split, data.streaming, args),
+        _opened(data.eval_data, data.eval_split, data.streaming, args),
     )
     pipeline = load_pipeline(
         model.pretrained_model_name_or_path,

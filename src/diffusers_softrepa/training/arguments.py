@@ -150,6 +150,12 @@ class ContrastiveFlowMatchingArguments:
         hub_license: Licence for the model card, such as apache-2.0; none unless given.
         hub_token: Token; the stored one unless given.
         dry_run: Print steps, parameters and memory, and stop.
+        further_resolutions: Resolutions in which an epoch has every image besides resolution.
+        proportion_empty_prompts: Share of the images, drawn per image and epoch, whose caption is left out.
+        snr_gamma: Min-SNR weighting of the images by their timestep, for models that predict noise or v; 5 is usual.
+        torch_compile: Compile the denoiser.
+        torch_compile_backend: Backend of torch.compile; inductor unless given.
+        torch_compile_mode: Mode of torch.compile, such as max-autotune.
 
     Raises:
         ValueError: A field is out of range, or two contradict each other.
@@ -235,10 +241,17 @@ class ContrastiveFlowMatchingArguments:
     hub_token: str | None = None
     dry_run: bool = False
 
+    further_resolutions: list[int] = field(default_factory=list)
+    proportion_empty_prompts: float = 0.0
+    snr_gamma: float | None = None
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
+    torch_compile_mode: str | None = None
+
     def __post_init__(self) -> None:
-        for name in ("report_to", "validation_prompts"):
+        for name in ("report_to", "validation_prompts", "further_resolutions"):
             value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else value or [])
+            setattr(self, name, [value] if isinstance(value, str | int) else value or [])
         if isinstance(self.report_to, list):
             self.report_to = [name for name in self.report_to if name != "none"]
         self.optim_args = json.dumps(_named_values(self.optim_args))
@@ -250,6 +263,15 @@ class ContrastiveFlowMatchingArguments:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, but is {quoted(value)}")
         self._check_types()
+        for side in self.further_resolutions:
+            if side < 1:
+                raise ValueError(f"further_resolutions must be whole numbers of pixels, but one is {side!r}")
+        if not 0 <= self.proportion_empty_prompts < 1:
+            raise ValueError(
+                f"proportion_empty_prompts must be at least 0 and below 1, but is {self.proportion_empty_prompts!r}"
+            )
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
+            raise ValueError(f"snr_gamma must be a positive number, or None, but is {self.snr_gamma!r}")
         for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
             value, positive = getattr(self, name), name in _POSITIVE.split()
             if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
@@ -344,7 +366,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        return isinstance(value, list) and all(_is_of(entry, get_args(kind)[0]) for entry in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -46,6 +46,7 @@ _MAY_CHANGE = frozenset((
     "validation_guidance_scale", "num_evaluation_batches", "metric_for_best_model", "greater_is_better",
     "save_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_nonfinite_steps", "push_to_hub",
     "hub_model_id", "hub_private_repo", "hub_license", "dry_run",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode",
 ))
 # fmt: on
 

@@ -23,19 +23,59 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
     Raises:
         ValueError: There is no such class, or it does not take these arguments.
     """
-    module, _, name = args.optim.rpartition(".")
+    short = _SHORT_NAMES.get(args.optim.lower().replace("-", "_"))
+    module, _, name = (short or args.optim).rpartition(".")
     try:
         cls: Any = getattr(importlib.import_module(module or "torch.optim"), name if module else _class_name(name))
         if Optimizer not in inspect.getmro(cls):
             raise TypeError(f"{name} is no optimizer class")
         if inspect.signature(cls.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(f"{name} computes losses of its own, which training does not hand out")
-        return cls(parameters, lr=args.learning_rate, **json.loads(args.optim_args))
+        optimizer = cls(parameters, lr=args.learning_rate, **json.loads(args.optim_args))
+        if is_schedule_free(optimizer):
+            if args.ema_decay is not None:
+                raise ValueError("a schedule-free optimizer averages the tokens itself; leave out ema_decay")
+            optimizer.train()
+        return optimizer
+    except ModuleNotFoundError as error:
+        package = _PACKAGES.get(module.split(".")[0], module.split(".")[0])
+        raise ValueError(
+            f"optim={args.optim!r} needs a package that is not installed ({error}); pip install {package}, or name a "
+            "class of torch.optim"
+        ) from error
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"optim={args.optim!r} with optim_args={args.optim_args!r} makes no optimizer: "
             f"{error}; name a class of torch.optim, or package.module.Class of an installed package"
         ) from error
+
+
+# Short names, as transformers and kohya's scripts have them -> classes of packages that one may install.
+_SHORT_NAMES = {
+    "prodigy": "prodigyopt.Prodigy",
+    "schedule_free": "schedulefree.AdamWScheduleFree",
+    "schedule_free_adamw": "schedulefree.AdamWScheduleFree",
+    "adamw_schedule_free": "schedulefree.AdamWScheduleFree",
+    "schedule_free_radam": "schedulefree.RAdamScheduleFree",
+    "schedule_free_sgd": "schedulefree.SGDScheduleFree",
+    "8bit": "bitsandbytes.optim.AdamW8bit",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "adamw_bnb_8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "lion": "lion_pytorch.Lion",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "lion_8bit": "bitsandbytes.optim.Lion8bit",
+    "dadapt_adam": "dadaptation.DAdaptAdam",
+    "came": "came_pytorch.CAME",
+}
+_PACKAGES = {"lion_pytorch": "lion-pytorch", "came_pytorch": "came-pytorch"}
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """Whether an optimizer keeps an average of its own, which its `eval()` puts in the parameters' place."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 def _class_name(name: str) -> str:
@@ -94,6 +134,39 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = state["steps"]
         self._schedule.load_state_dict(state["schedule"])
+
+
+class OptimizerAverage:
+    """The average that a schedule-free optimizer keeps itself; used like `MovingAverage`."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.values: list[Tensor] = []  # the optimizer's state has it
+
+    def update(self) -> None:
+        """Does nothing: the optimizer's step did."""
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average in the tokens' place while it lasts."""
+        self._optimizer.eval()
+        try:
+            yield
+        finally:
+            self._optimizer.train()
+
+    def settle(self) -> None:
+        """Puts the average in the tokens' place for good."""
+        self._optimizer.eval()
+
+
+def make_average(
+    args: ContrastiveFlowMatchingArguments, optimizer: Optimizer, parameters: Sequence[Parameter]
+) -> "MovingAverage | OptimizerAverage | None":
+    """Returns the average of the tokens that is saved in their place; None where the settings ask for none."""
+    if is_schedule_free(optimizer):
+        return OptimizerAverage(optimizer)
+    return MovingAverage(parameters, args.ema_decay) if args.ema_decay else None
 
 
 class MovingAverage:

@@ -1,11 +1,16 @@
 """What training asks of a pipeline: sizes it can take, an adapter, and how its models stand until training ends."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..adapter import adapters_of
 from ..conditioning import Conditioner
@@ -14,6 +19,8 @@ from ..denoisers import check_passes_gradients
 from ..pipeline import add_softrepa, denoiser_of, set_softrepa
 from .arguments import ContrastiveFlowMatchingArguments
 from .data.image import Framing
+
+logger = logging.getLogger(__name__)
 
 
 def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditioner) -> Framing:
@@ -28,6 +35,7 @@ def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditione
         multiple_of=conditioner.image_multiple,
         crop="random" if args.random_crop else "center",
         flip=args.random_flip,
+        further_resolutions=tuple(args.further_resolutions),
     )
     for size in framing.sizes:
         conditioner.latent_shape(*size)
@@ -77,29 +85,79 @@ def choose_adapter(
 def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torch.device) -> Iterator[None]:
     """Puts a pipeline where and how it is trained, while it lasts.
 
-    All of it is frozen, in evaluation mode and on `device`, unless it is offloaded or spread over devices; in mixed
-    precision the denoiser and the text encoders are halved, the VAE is not. Afterwards gradient checkpointing is as it
-    was.
+    All of it is frozen and in evaluation mode. What is not offloaded, spread over devices or fixed to one by its
+    quantisation goes to `device`; the text encoders stay where they are if captions are cached, and follow at the end,
+    when the pipeline samples again. In mixed precision denoiser and text encoders are halved, the VAE and what is
+    quantised are not. Afterwards gradient checkpointing and compilation are as they were.
+
+    Raises:
+        ValueError: The denoiser is group-offloaded in another precision than training asks for.
     """
     denoiser: Any = denoiser_of(pipeline)
-    for part in _models(pipeline).values():
+    models = _models(pipeline)
+    for part in models.values():
         part.requires_grad_(False).eval()
-    if pipeline.hf_device_map is None and not any(hasattr(part, "_hf_hook") for part in _models(pipeline).values()):
-        pipeline.to(device)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision or "no")
     if half is not None:
-        _cast(denoiser, half)
-        for name, part in _models(pipeline).items():
-            if name.startswith("text_encoder"):
-                _cast(part, half)
+        for part in (denoiser, *(models[name] for name in models if name.startswith("text_encoder"))):
+            _cast(part, half)
+    waiting = [name for name in models if args.cache_text and name.startswith("text_encoder")]
+    _place(pipeline, [name for name in models if name not in waiting], device)
     was_checkpointing = denoiser.is_gradient_checkpointing
     if args.gradient_checkpointing and not was_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    compiled = {part: part._compiled_call_impl for part in denoiser.modules()}
+    if args.torch_compile:
+        how = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        denoiser.compile(**{name: value for name, value in how.items() if value is not None})
     try:
         yield
     finally:
+        for part, impl in compiled.items():
+            part._compiled_call_impl = impl
         if args.gradient_checkpointing and not was_checkpointing:
             denoiser.disable_gradient_checkpointing()
+        try:
+            _place(pipeline, waiting, device)
+        except torch.OutOfMemoryError:
+            _place(pipeline, waiting, torch.device("cpu"))
+            logger.warning("the text encoders do not fit on %s beside the rest: they stay on the CPU", device)
+
+
+@contextmanager
+def encoders_at_hand(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Brings the text encoders to a device while it lasts, unless they are offloaded, and back where they were."""
+    where = {
+        name: next(part.parameters()).device
+        for name, part in _models(pipeline).items()
+        if name.startswith("text_encoder") and next(part.parameters(), None) is not None
+    }
+    try:
+        _place(pipeline, where, device)
+        yield
+    finally:
+        for name, former in where.items():
+            _place(pipeline, [name], former)
+        if any(former != device for former in where.values()) and device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def keeping_weights(denoiser: Any, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a prediction that can be trained through where the denoiser is offloaded.
+
+    Offloading takes the weights away from the parameters after each block, but its backward pass needs them: so the
+    graph keeps what the parameters held. With gradient checkpointing that is one block's weights at a time. Whether it
+    is offloaded is seen at the first call.
+    """
+    offloaded = cache(lambda: _is_offloaded(denoiser))
+
+    def predicted(*args: Any) -> Tensor:
+        if not (torch.is_grad_enabled() and offloaded()):
+            return predict(*args)
+        with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+            return predict(*args)
+
+    return predicted
 
 
 def halve_vae(pipeline: Any) -> None:
@@ -114,8 +172,39 @@ def _models(pipeline: Any) -> dict[str, Any]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
+def _place(pipeline: Any, names: Iterable[str], device: torch.device) -> None:
+    """Moves models of a pipeline, but for those that offloading, a device map or their quantisation keeps in place."""
+    models = _models(pipeline)
+    if pipeline.hf_device_map is not None or any(hasattr(part, "_hf_hook") for part in models.values()):
+        return
+    for part in (models[name] for name in names):
+        fixed = getattr(part, "is_loaded_in_8bit", False) or getattr(part, "is_loaded_in_4bit", False)
+        if not fixed and not _is_group_offload_enabled(part):
+            torch.nn.Module.to(part, device)
+
+
+def _is_offloaded(part: torch.nn.Module) -> bool:
+    return _is_group_offload_enabled(part) or any(hasattr(inner, "_hf_hook") for inner in part.modules())
+
+
+def _is_quantised(part: torch.nn.Module) -> bool:
+    return getattr(part, "hf_quantizer", None) is not None or any(
+        type(weight.data) is not Tensor and not isinstance(weight.data, torch.nn.Parameter)
+        for weight in part.parameters()
+    )
+
+
 def _cast(part: Any, dtype: torch.dtype) -> None:
-    """Casts a model; diffusers warns of layers to keep in float32 even where there are none."""
+    """Casts a model that is not quantised; diffusers warns of layers to keep in float32 even where there are none."""
+    if _is_quantised(part):
+        return
+    if _is_group_offload_enabled(part):
+        if part.dtype != dtype:
+            raise ValueError(
+                f"{type(part).__name__} is offloaded in {part.dtype}, but mixed_precision asks for {dtype}; load the "
+                f"pipeline with dtype={dtype}, or cast it, before offloading"
+            )
+        return
     if getattr(part, "_keep_in_fp32_modules", None):
         part.to(dtype)
     else:

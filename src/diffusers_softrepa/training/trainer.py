@@ -47,9 +47,9 @@ from .data.loader import PairLoader
 from .estimate import Estimate, estimate_run
 from .log import LogCallback, ProgressCallback
 from .metrics import Recent, gains, joined_rows, standard_errors, summary, tell_apart
-from .optimization import MovingAverage, Schedule, make_optimizer
+from .optimization import Schedule, make_average, make_optimizer
 from .preflight import check_settings, open_checked, open_data
-from .preparation import choose_adapter, make_framing, prepared
+from .preparation import choose_adapter, keeping_weights, make_framing, prepared
 from .state import RunState
 from .step.collate import NEGATIVES, Draws, PairCollator, spread_timesteps
 from .step.engine import PairEngine
@@ -150,7 +150,7 @@ class ContrastiveFlowMatchingTrainer:
         self.adapters = adapters
         self.parameters = list(self.adapter.tokens.parameters())
         self.engine = PairEngine(
-            self.conditioner.predict,
+            keeping_weights(self.conditioner.denoiser, self.conditioner.predict),
             self.objective,
             self.parameters,
             use_bank=adapters.use_bank,
@@ -163,7 +163,7 @@ class ContrastiveFlowMatchingTrainer:
         max_steps = self._count_steps()
         self.optimizer = optimizers[0] or make_optimizer(args, self.parameters)
         self.lr_scheduler = Schedule(args, self.optimizer, max_steps, given=optimizers[1])
-        self.average = MovingAverage(self.parameters, args.ema_decay) if args.ema_decay else None
+        self.average = make_average(args, self.optimizer, self.parameters)
         self.checkpoints = Checkpoints(args.output_dir, args.checkpoints_total_limit)
         self.kept = RunState(self.checkpoints)
         self.state = TrainerState(
@@ -353,7 +353,7 @@ class ContrastiveFlowMatchingTrainer:
     ) -> PairLoader:
         return PairLoader(
             examples,
-            self.framing,
+            self.framing if shuffle else replace(self.framing, further_resolutions=()),
             batch_size=self.args.train_batch_size,
             seed=self.args.seed,
             rank=self.accelerator.process_index,
@@ -362,6 +362,7 @@ class ContrastiveFlowMatchingTrainer:
             max_broken=self.args.max_broken,
             num_workers=self.args.dataloader_num_workers,
             latents=latents,
+            empty_prompts=self.args.proportion_empty_prompts if shuffle else 0.0,
         )
 
     def _count_steps(self) -> int:
@@ -381,13 +382,15 @@ class ContrastiveFlowMatchingTrainer:
         for parameter in self.parameters:
             parameter.data.copy_(broadcast(parameter.data))
         if self.average is not None and self.state.global_step == 0:
-            self.average = MovingAverage(self.parameters, self.args.ema_decay or 0.0)
+            self.average = make_average(self.args, self.optimizer, self.parameters)
 
     # The loop.
 
     def _run(self) -> None:
         """Fills the caches and takes the steps that are left, or as many as there are until it is asked to stop."""
-        self.encoder.fill(self.train_examples, self.accelerator, stop=lambda: self._stop.asked)
+        self.encoder.fill(
+            self.train_examples, self.accelerator, held_out=self.eval_examples, stop=lambda: self._stop.asked
+        )
         self._stop.heed(self.control, self.accelerator)
         if self.control.should_training_stop:
             return

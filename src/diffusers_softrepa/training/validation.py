@@ -15,6 +15,7 @@ from ..files import whole_file
 from ..pipeline import denoiser_of, disable_softrepa, enable_softrepa
 from .callbacks import TrainerCallback, TrainerState
 from .log import show
+from .preparation import encoders_at_hand
 
 VALIDATION_FOLDER = "validation"
 _CAPTION_HEIGHT = 16
@@ -44,7 +45,8 @@ class ValidationCallback(TrainerCallback):
         trainer, prompts = given["trainer"], args.validation_prompts
         if not (state.is_world_process_zero and prompts):
             return
-        with trainer.in_average(), torch.no_grad():
+        at_hand = encoders_at_hand(trainer.pipeline, trainer.accelerator.device)
+        with trainer.in_average(), torch.no_grad(), at_hand:
             pictures = draw_side_by_side(
                 trainer.pipeline,
                 prompts,

@@ -4,31 +4,48 @@ An example is one image with the captions that are true of it, and perhaps hard 
 image that are not. The columns that hold them can be named, are found by their usual names otherwise:
 
 - image: `image`, or the extension in webdataset shards (`jpg`, `png`, ...)
-- captions: `text`, `caption`, `captions` or `txt`: a string or a list of strings, or several such columns; `a.b` for
-  the entry `b` of a column `a` of JSON objects
+- captions: `text`, `caption`, `captions`, `txt`, `prompt`, `description`, ...: a string or a list of strings, or
+  several such columns; `a.b` for the entry `b` of a column `a` of JSON objects
 - hard negatives: only the column that is named
+
+A caption that is empty, or that no text encoder can read because it holds half of a character, is left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import re
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, final
 
 import datasets
 from torch import Tensor
 
+from ...files import parse_json
+from ...quoting import one_line, quoted
+from .folders import TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
-_CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
+_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
+_CAPTION_COLUMNS = (
+    "text",
+    "caption",
+    "captions",
+    "txt",
+    "prompt",
+    "prompts",
+    "description",
+    "caption_text",
+    "sentence",
+)
 _FINGERPRINTED = 64  # examples
 
 
@@ -102,7 +119,7 @@ class Columns:
         image = row[self.image] if self.image in row else _entry(row, self.image, name)
         path = image.get("path") if isinstance(image, Mapping) else image
         if isinstance(path, str | Path):
-            name = f"{name} ({path})"
+            name = f"{name} ({one_line(path)})"
         return Example(image, *self.texts(row, name), name)
 
     def texts(self, row: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -114,35 +131,62 @@ class Columns:
         for found, columns in ((captions, self.captions), (negatives, [self.negative_captions or ""])):
             for column in filter(None, columns):
                 value = row[column] if column in row else _entry(row, column, name)
-                texts = [value] if isinstance(value, str) or value is None else value
+                none = value is None or value != value  # NaN is what tables have for no text
+                texts = [None if none else value] if none or isinstance(value, str) else value
                 if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
                     raise TypeError(
                         f"captions must be strings or lists of strings, but column {column!r} of {name} holds "
                         f"{value!r:.80}; choose another column, or one entry of it as 'column.entry'"
                     )
-                found += [text.strip() for text in texts if text and text.strip()]
+                found += [text.strip() for text in texts if text and text.strip() and _is_unicode(text)]
         return tuple(captions), tuple(negatives)
 
 
 @final
-class Examples:
-    """The numbered examples of a data set.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the data sets that examples come from.
 
-    Args:
+    Attributes:
         rows: Anything with `len` and `[]`, or a `datasets.IterableDataset`, whose order is kept.
         columns: Which columns hold what.
+        weight: How often an epoch has each of its examples; of 2.5, a changing half of them three times.
+    """
+
+    rows: Any
+    columns: Columns
+    weight: float = 1.0
+
+
+@final
+class Examples:
+    """The numbered examples of one or several data sets.
+
+    Args:
+        parts: The data sets; a stream stands alone and has weight 1.
         source: The path or name that they were opened by, if it was one.
     """
 
-    def __init__(self, rows: Any, columns: Columns, *, source: str | None = None) -> None:
-        self.columns, self.source = columns, source
-        self._rows, self._streamed = rows, isinstance(rows, datasets.IterableDataset)
+    def __init__(self, parts: Sequence[Part], *, source: str | None = None) -> None:
+        self.source, self._parts = source, list(parts)
+        self._streamed = isinstance(parts[0].rows, datasets.IterableDataset)
+        self._ends = [0] if self._streamed else list(accumulate(len(part.rows) for part in parts))
         self._lock = threading.Lock()  # data sets need not bear to be read by several threads
 
     @property
     def count(self) -> int | None:
-        """How many, None if that shows only at the end of a stream."""
-        return None if self._streamed else len(self._rows)
+        """How many different ones, None if that shows only at the end of a stream."""
+        return None if self._streamed else self._ends[-1]
+
+    @property
+    def weights(self) -> list[tuple[range, float]]:
+        """Which examples come how often in an epoch; none of a stream, whose examples come once."""
+        if self._streamed:
+            return []
+        starts = [0, *self._ends]
+        return [
+            (range(start, end), part.weight) for start, end, part in zip(starts, self._ends, self._parts, strict=False)
+        ]
 
     def blocks(self, *, block_size: int, seed: int | None = None) -> Iterator[Block]:
         """One epoch of examples: one block if they can be read in any order, else blocks in the order of the stream.
@@ -152,10 +196,11 @@ class Examples:
             seed: Draws the order of a stream's shards; None keeps it.
         """
         if not self._streamed:
-            yield Block(0, len(self._rows), self._read)
+            yield Block(0, self._ends[-1], self._read)
             return
         # A buffer of one leaves the order to us but draws the order of the shards.
-        rows = iter(self._rows if seed is None else self._rows.shuffle(seed=seed % 2**32, buffer_size=1))
+        rows = self._parts[0].rows
+        rows = iter(rows if seed is None else rows.shuffle(seed=seed % 2**32, buffer_size=1))
         start = 0
         while held := list(islice(rows, block_size)):
             yield self._block(start, held)
@@ -167,7 +212,7 @@ class Examples:
         An image counts by its content, not by where it lies.
         """
         block = next(self.blocks(block_size=_FINGERPRINTED), Block(0, 0, self._read))
-        digest = hashlib.sha256(repr((self.count, self.columns)).encode())
+        digest = hashlib.sha256(repr((self.count, [(part.columns, part.weight) for part in self._parts])).encode())
         for place in range(0, block.size, max(1, block.size // _FINGERPRINTED)):
             example = block.read(place)
             with suppress(BrokenExample):
@@ -190,23 +235,26 @@ class Examples:
 
     def _texts(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
         """The captions and the hard negatives of each row."""
-        rows: Any = self._rows
-        if is_plain(rows):
-            stored = self.columns.stored(rows.column_names or (), images=False)  # images stay unread
-            rows = rows.select_columns(stored)
-        for number, row in enumerate(rows if isinstance(rows, Iterable) else map(rows.__getitem__, range(len(rows)))):
-            yield self.columns.texts(row, f"example {number}")
+        for part in self._parts:
+            rows, columns = part.rows, part.columns
+            if is_plain(rows):  # images stay unread
+                rows = rows.select_columns(columns.stored(rows.column_names or (), images=False))
+            read = rows if isinstance(rows, Iterable) else map(rows.__getitem__, range(len(rows)))
+            yield from (columns.texts(row, f"example {number}") for number, row in enumerate(read))
 
     def _read(self, number: int) -> Example:
+        place = bisect_right(self._ends, number)
+        part, start = self._parts[place], self._ends[place - 1] if place else 0
         try:
             with self._lock:
-                row = self._rows[number]
+                row = part.rows[number - start]
         except OSError as error:
             return Example(error, (), (), f"example {number}")
-        return self.columns.example(row, number)
+        return part.columns.example(row, number)
 
     def _block(self, start: int, rows: list[Any]) -> Block:
-        return Block(start, len(rows), lambda place: self.columns.example(rows[place], start + place))
+        columns = self._parts[0].columns
+        return Block(start, len(rows), lambda place: columns.example(rows[place], start + place))
 
 
 def open_examples(
@@ -223,11 +271,13 @@ def open_examples(
     Args:
         data: Opened `Examples`, which are returned as they are, or one of
             - a `datasets.Dataset` or `IterableDataset`
-            - a folder with `metadata.jsonl`: a JSON object per line, `file_name` and the columns
+            - a folder of images with a text file beside each, or with a table of them; see `folders`
             - webdataset shards: a path or URL ending in `.tar`, a pattern of such, a list of them, a folder of them
             - a folder written by `Dataset.save_to_disk`
             - whatever else `datasets.load_dataset` takes: a name on the Hub, a folder of parquet files
             - a list of dicts, or any other map-style data set of dicts or of pairs (image, captions)
+            - several of these: a list of paths, or a dict (also as a JSON text) from each to its weight, which is how
+              often an epoch has each of its examples
         image_column: None for the usual names.
         caption_column: One or several; None for the usual names.
         negative_caption_column: None for no hard negatives.
@@ -236,14 +286,28 @@ def open_examples(
             None streams shards and nothing else.
 
     Raises:
-        ValueError: A column is missing, the data set is empty, or metadata.jsonl is not as it should be.
+        ValueError: A column is missing, the data set is empty, or a folder or a table is not as it should be.
         TypeError: Captions are not strings, images not images, or `data` is none of these.
     """
     if isinstance(data, Examples):
         return data
-    rows = _undecoded(load_rows(data, split, streaming))
+    parts = [
+        _open_part(rows, weight, image_column, caption_column, negative_caption_column)
+        for rows, weight in _load(data, split, streaming, image_column)
+    ]
+    if len(parts) > 1 and any(isinstance(part.rows, datasets.IterableDataset) for part in parts):
+        raise ValueError(
+            "several data sets with weights must be ones of known length, but a stream is among them; give "
+            "streaming=False, or mix streams with datasets.interleave_datasets"
+        )
+    return Examples(parts, source=data if isinstance(data, str) else None)
+
+
+def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negatives: str | None) -> Part:
+    """Finds the columns of rows, and checks the first one, or all that are in memory."""
+    rows = _undecoded(rows)
     first = _first_row(rows)
-    columns = _find_columns(first, image_column, caption_column, negative_caption_column)
+    columns = _find_columns(first, image, captions, negatives)
     if isinstance(rows, list):  # in memory already: all of it is checked
         for number, row in enumerate(rows):
             columns.example(row, number)
@@ -252,48 +316,73 @@ def open_examples(
         image_size(example.image)
     if is_plain(rows):
         rows = rows.select_columns(columns.stored(_as_mapping(first)))
-    return Examples(rows, columns, source=data if isinstance(data, str) else None)
+    return Part(rows, columns, weight)
 
 
 # Rows.
 
 
-def load_rows(data: Any, split: str, streaming: bool | None) -> Any:
-    """What was given, as a list of dicts, a map-style data set or an `IterableDataset`; see `open_examples`.
+def _load(data: Any, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
+    """Returns the rows of each data set that was given (a list of dicts, a map-style data set or a stream), weighted.
 
     Raises:
-        ValueError: The folder is empty, there is no shard, or metadata.jsonl is not as it should be.
+        ValueError: A folder or table is not as it should be, there is no shard, or a weight is no positive number.
         TypeError: It is something else.
     """
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise TypeError(f"give one split of the data set, such as data[{next(iter(data))!r}]; it has {list(data)}")
+    if isinstance(data, str) and data.lstrip().startswith("{"):
+        data = parse_json(data, "the training data")
     if isinstance(data, str | Path):
-        return _load_from(str(data), split, streaming)
+        return _load_from(str(data), split, streaming, image_column)
     if isinstance(data, list | tuple) and data and all(_is_shard(entry) for entry in data):
-        return _load_shards([str(entry) for entry in data], streaming)
+        return [(_load_shards([str(entry) for entry in data], streaming), 1.0)]
+    if isinstance(data, list | tuple) and data and all(_is_path(entry) for entry in data):
+        data = dict.fromkeys(data, 1)
+    if isinstance(data, Mapping) and data:
+        wrong = {key: value for key, value in data.items() if not _is_weight(value)}
+        if wrong:
+            raise ValueError(
+                f"each data set needs a weight, a positive number, but got {quoted(wrong)}; give several data sets as "
+                '{"photos": 1, "paintings": 2.5}'
+            )
+        loaded = ((_load(source, split, streaming, image_column), weight) for source, weight in data.items())
+        return [(rows, inner * weight) for parts, weight in loaded for rows, inner in parts]
     if isinstance(data, datasets.IterableDataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        return data
+        return [(data, 1.0)]
     raise TypeError(
         "training data must be a data set, a path, a name, or a list of dicts (see open_examples), but got "
         f"{type(data).__name__}; make one of a generator with datasets.IterableDataset.from_generator"
     )
 
 
-def _load_from(source: str, split: str, streaming: bool | None) -> Any:
-    folder = Path(source)
-    if (folder / "metadata.jsonl").is_file():
-        return _load_folder(folder)
+def _load_from(source: str, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
+    path = Path(source).expanduser()
     if source.endswith(".tar"):
-        return _load_shards(source if "://" in source else sorted(glob(source)), streaming, source)
-    if folder.is_dir():
-        if shards := sorted(str(path) for path in folder.glob("*.tar")):
-            return _load_shards(shards, streaming)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(source)
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        if not any(folder.iterdir()):
-            raise ValueError(f"{source} is empty; put images and a metadata.jsonl there")
-    return datasets.load_dataset(source, split=split, streaming=bool(streaming))
+        return [(_load_shards(source if "://" in source else sorted(glob(str(path))), streaming, source), 1.0)]
+    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+        return [(load_table(path, file_column=image_column), 1.0)]
+    if path.is_dir():
+        shards = sorted(str(shard) for shard in path.glob("*.tar"))
+        if shards and not any((path / f"metadata{suffix}").is_file() for suffix in TABLE_SUFFIXES):
+            return [(_load_shards(shards, streaming), 1.0)]
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            return [(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded, 1.0)]
+        parts = load_folder(path, split, image_column)
+        if parts is not None:
+            return list(parts)
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and "://" not in source:
+        raise ValueError(f"there is no folder {one_line(source)}; give one with images, or the name of a data set")
+    return [(datasets.load_dataset(str(path), split=split, streaming=bool(streaming)), 1.0)]
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, str | Path) and Path(source).expanduser().exists()
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_shard(source: Any) -> bool:
@@ -304,32 +393,6 @@ def _load_shards(shards: str | list[str], streaming: bool | None, given: str = "
     if not shards:
         raise ValueError(f"no webdataset shard is at {given}")
     return datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=streaming is not False)
-
-
-def _load_folder(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metadata.jsonl, each with the path of its image."""
-    rows, missing = [], []
-    for number, line in enumerate((folder / "metadata.jsonl").read_text("utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {folder}/metadata.jsonl is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ValueError(
-                f"every line of {folder}/metadata.jsonl must be a JSON object with a file_name, "
-                f'such as {{"file_name": "cat.jpg", "text": "a cat"}}, but line {number} is {line:.80}'
-            )
-        path = folder / row["file_name"]
-        missing += [] if path.is_file() else [f"{row['file_name']} (line {number})"]
-        rows.append({**row, "image": path})
-    if missing:
-        raise ValueError(
-            f"{folder}/metadata.jsonl names {len(missing)} of {len(rows)} files that do not exist: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return rows
 
 
 def is_plain(rows: Any) -> bool:
@@ -375,6 +438,7 @@ def _find_columns(row: Any, image: str | None, captions: str | Sequence[str] | N
 
 def _choose(kind: str, present: list[str], given: Sequence[str] | None, usual: Iterable[str]) -> list[str]:
     chosen = list(given) if given else [name for name in usual if name in present]
+    chosen = chosen or [name for name in present if name.strip().lower() in usual]
     absent = [name for name in chosen if name not in present]
     if absent or not chosen:
         wanted = f"has no column {', '.join(map(repr, absent))}" if absent else f"has no {kind} column of a usual name"
@@ -382,6 +446,11 @@ def _choose(kind: str, present: list[str], given: Sequence[str] | None, usual: I
     if not given and len(chosen) > 1:
         raise ValueError(f"the data set has several {kind} columns, {chosen}: choose with {kind}_column=...")
     return chosen
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether all of a text's characters are whole: no surrogate, half of a character of UTF-16, is among them."""
+    return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _as_mapping(row: Any) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, final
@@ -14,11 +15,14 @@ from torch import Generator, Tensor
 
 from ...conditioning import Conditioner
 from ...conditioning.conditions import Conditions, concatenate
+from ...files import read_json
+from ...quoting import quoted
 from ..arguments import ContrastiveFlowMatchingArguments
+from ..preparation import encoders_at_hand
 from .cache import TensorCache, fill, model_fingerprint
 from .dataset import Example, Examples
 from .image import Framing, Size, content_id, fetch, image_size
-from .loader import Reader, image_name
+from .loader import Reader
 from .sampler import BrokenCount
 
 logger = logging.getLogger(__name__)
@@ -50,7 +54,9 @@ class Encoder:
         device: torch.device,
     ) -> None:
         self._args, self._conditioner, self._framing, self._device = args, conditioner, framing, device
-        encoders = [name for name in conditioner.pipeline.components if name.startswith("text_encoder")]
+        components = conditioner.pipeline.components
+        encoders = [name for name in components if name.startswith("text_encoder")]
+        self._absent = [name for name in conditioner.text_components if components.get(name) is None]
         text = {
             "conditioner": type(conditioner).__name__,
             "precision": args.mixed_precision,
@@ -60,7 +66,11 @@ class Encoder:
         self.latents = (
             self._open("latents", ["vae"], framing.settings(args.seed)) if kept and args.cache_latents else None
         )
-        self.text = self._open("text", encoders, text) if kept and args.cache_text else None
+        self.text: TensorCache | None = None
+        if kept and self._absent:
+            self.text = self._open_filled(text)
+        elif kept and args.cache_text:
+            self.text = self._open("text", encoders, text)
 
     def encode_images(self, examples: Sequence[Example], generators: Sequence[Generator]) -> Tensor:
         """Returns latents (b, C, h, w) float32: a sample of the VAE's posterior each, or the cached ones.
@@ -84,17 +94,26 @@ class Encoder:
         rows = torch.tensor([row[caption] for caption in captions], device=self._device)
         return {name: value.to(self._device)[rows] for name, value in encoded.items()}
 
-    def fill(self, examples: Examples, accelerator: Accelerator, *, stop: Callable[[], bool] = lambda: False) -> None:
+    def fill(
+        self,
+        examples: Examples,
+        accelerator: Accelerator,
+        *,
+        held_out: Examples | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Computes what the caches lack, each process its share; says first how much disk that takes, or refuses.
 
         Args:
             examples: Of training.
             accelerator: The processes.
+            held_out: Of evaluation; their captions are cached too.
             stop: Asked before each batch whether to leave the rest for another time.
 
         Raises:
             CacheTooLarge: More than `max_cache_gigabytes`, or than the disk has free.
-            ValueError: The examples are a stream, or too many images are broken.
+            ValueError: The examples are a stream, too many images are broken, or the pipeline has no text encoders and
+                the cache lacks captions.
         """
         share: Any = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "stop": stop}
         if self.latents is not None:
@@ -109,21 +128,57 @@ class Encoder:
                 **share,
             )
         if self.text is not None:
-            self._fill_text(list(examples.captions()), **share)
+            captions = [text for data in (examples, held_out) if data is not None for text in data.captions()]
+            self._fill_text(captions + [""] * (self._args.proportion_empty_prompts > 0), **share)
         accelerator.wait_for_everyone()
 
     def _open(self, kind: str, names: Iterable[str], settings: Mapping[str, Any]) -> TensorCache:
         components = self._conditioner.pipeline.components
         models = {name: model_fingerprint(part) for name in names if (part := components.get(name)) is not None}
         return TensorCache(
-            self._args.cache_dir or Path(self._args.output_dir) / "cache",
+            self._directory,
             {"kind": kind, **models, **settings},
-            max_cache_bytes=int(self._args.max_cache_gigabytes * 1e9),
+            max_cache_bytes=self._max_cache_bytes,
         )
+
+    def _open_filled(self, settings: Mapping[str, Any]) -> TensorCache:
+        """Returns the cache that a run with text encoders filled under these settings.
+
+        Raises:
+            ValueError: There is none, or several.
+        """
+        needs = f"the pipeline has no {', '.join(self._absent)}"
+        if not self._args.cache_text:
+            raise ValueError(f"{needs}; load it with its text encoders, or set cache_text and the cache_dir of a run")
+        if self._args.validation_prompts:
+            raise ValueError(f"{needs}, so that it cannot draw pictures; leave out validation_prompts")
+        directory, found = self._directory, []
+        for path in sorted(directory.glob("*/settings.json")):
+            kept = read_json(path)
+            others = {name: value for name, value in kept.items() if not name.startswith("text_encoder")}
+            if others == {"kind": "text", **settings}:
+                found.append(kept)
+        if len(found) != 1:
+            raise ValueError(
+                f"{needs}, so {directory} must hold one cache of captions that was filled for a pipeline of this "
+                f"kind with the same mixed_precision and max_sequence_length, but has {len(found)}; fill one by a run "
+                "with text encoders and cache_text, in a cache_dir of its own"
+            )
+        return TensorCache(directory, found[0], max_cache_bytes=self._max_cache_bytes)
+
+    @property
+    def _directory(self) -> Path:
+        return Path(self._args.cache_dir or Path(self._args.output_dir) / "cache")
+
+    @property
+    def _max_cache_bytes(self) -> int:
+        return int(self._args.max_cache_gigabytes * 1e9)
 
     def _encoded(self, captions: Sequence[str]) -> Conditions:
         parts = [captions[first : first + ENCODE_BATCH_SIZE] for first in range(0, len(captions), ENCODE_BATCH_SIZE)]
-        encoded = [self._conditioner.encode_captions(part) for part in parts]
+        away = self._args.cache_text  # else they are where training is
+        with encoders_at_hand(self._conditioner.pipeline, self._device) if away else nullcontext():
+            encoded = [self._conditioner.encode_captions(part) for part in parts]
         return encoded[0] if len(encoded) == 1 else concatenate(encoded)
 
     def _from_cache(self, captions: list[str]) -> Conditions:
@@ -137,12 +192,21 @@ class Encoder:
     def _fill_text(self, captions: Sequence[str], **share: Any) -> None:
         """Encodes the captions that the cache lacks; arguments and errors as `cache.fill`."""
         assert self.text is not None
+        missing = self.text.missing(captions)
+        if not missing and not share:
+            return
+        if missing and self._absent:
+            raise ValueError(
+                f"the pipeline has no {', '.join(self._absent)}, and {self.text.folder} lacks {len(missing)} "
+                f"captions, such as {quoted(missing[0])}; load the pipeline with its text encoders once to encode them"
+            )
 
         def encode(names: list[str]) -> list[Conditions]:
             encoded = self._conditioner.encode_captions(names)
             return [{name: value[row] for name, value in encoded.items()} for row in range(len(names))]
 
-        fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, **share)
+        with encoders_at_hand(self._conditioner.pipeline, self._device) if missing else nullcontext():
+            fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, **share)
 
 
 def fill_latents(
@@ -193,16 +257,17 @@ def fill_latents(
         example = block.read(place)
         with broken.skipping(example.name, out_of=block.size):
             fetched = fetch(example.image)
-            found.setdefault(image_name(content_id(fetched)), (framing.size_of(image_size(fetched)), place))
+            for size in framing.sizes_of(image_size(fetched)):
+                found.setdefault(reader.latents_name(content_id(fetched), size), (size, place))
 
     def compute(names: list[str]) -> list[dict[str, Tensor] | None]:
         entries: dict[str, dict[str, Tensor]] = {}
-        for _, group in groupby(names, key=lambda name: found[name][0]):
+        for size, group in groupby(names, key=lambda name: found[name][0]):
             pixels = {}
             for name in group:
                 example = block.read(found[name][1])
                 with broken.skipping(example.name, out_of=block.size):
-                    pixels[name] = reader.cached_pixels(example)
+                    pixels[name] = reader.cached_pixels(example, size)
             if pixels:
                 encoded = encode(torch.stack(list(pixels.values())))
                 entries |= {name: {key: encoded[key][row] for key in encoded} for row, name in enumerate(pixels)}

@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,7 @@ import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 Size = tuple[int, int]
@@ -49,6 +50,7 @@ class Framing:
         crop: "center", or "random": along the longer side, drawn per image and epoch.
         flip: Mirrors half of the images, drawn per image and epoch. Off, because it makes "left of" in a caption
             wrong, and mirrors writing.
+        further_resolutions: In which an epoch has every image besides `resolution`; likewise sides, or areas.
 
     Raises:
         ValueError: A field is out of range.
@@ -60,8 +62,12 @@ class Framing:
     max_aspect_ratio: float = 2.0
     crop: Crop = "center"
     flip: bool = False
+    further_resolutions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "further_resolutions", tuple(self.further_resolutions))
+        for further in self.further_resolutions:
+            replace(self, resolution=further, further_resolutions=())
         given = (self.resolution,) * 2 if isinstance(self.resolution, int) else tuple(self.resolution)
         if len(given) != 2 or not all(isinstance(side, int) and side > 0 for side in given):
             raise ValueError(
@@ -80,21 +86,31 @@ class Framing:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The sizes (H, W) that pixels can have, from wide to tall."""
-        height, width = self.resolution  # type: ignore[misc]  # a pair since __post_init__
-        if not self.aspect_buckets:
-            return ((height, width),)
-        return bucket_sizes(height * width, self.multiple_of, self.max_aspect_ratio)
+        """The sizes (H, W) that pixels can have: those of `resolution` from wide to tall, then of the further ones."""
+        return tuple(dict.fromkeys(size for sizes in self._sizes for size in sizes))
 
     def size_of(self, original: Size) -> Size:
-        """The size (H, W) that an image of size (h, w) is brought to."""
+        """The size (H, W) that an image of size (h, w) is brought to at `resolution`."""
+        return self.sizes_of(original)[0]
+
+    def sizes_of(self, original: Size) -> tuple[Size, ...]:
+        """The size (H, W) that an image of size (h, w) is brought to at each resolution."""
         aspect = math.log(original[0] / original[1])
-        return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
+        return tuple(min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect)) for sizes in self._sizes)
+
+    @property
+    def _sizes(self) -> list[tuple[Size, ...]]:
+        first: Any = self.resolution  # a pair since __post_init__
+        pairs = [first, *((side, side) for side in self.further_resolutions)]
+        if not self.aspect_buckets:
+            return [(pair,) for pair in pairs]
+        return [bucket_sizes(height * width, self.multiple_of, self.max_aspect_ratio) for height, width in pairs]
 
     def settings(self, seed: int) -> dict[str, Any]:
         """All that decides an image's pixels as they are in epoch 0: for the key of a latent cache."""
         drawn = self.crop == "random" or self.flip
-        return {**asdict(self), "seed": seed if drawn else None}
+        given = {name: value for name, value in asdict(self).items() if name != "further_resolutions" or value}
+        return {**given, "seed": seed if drawn else None}
 
 
 @cache
@@ -271,10 +287,31 @@ def _checked_size(image: Image.Image) -> Size:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    # Pillow turns TIFF sizes itself, and would decode a whole PNG in search of EXIF that it has not met before.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    """Whether `exif_transpose` will swap the sides of the decoded image."""
+    if image.format == "TIFF":  # Pillow turns these itself, their size too
         return False
+    if isinstance(image, PngImageFile) and not _has_text_behind_pixels(image):
+        # As `image.getexif()`, which would decode the whole PNG in search of what does not come.
+        return Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _has_text_behind_pixels(image: PngImageFile) -> bool:
+    """Whether chunks that may hold an orientation follow the pixels of a PNG, which is not decoded yet."""
+    file, behind = image.fp, False
+    if file is None:  # decoded already: all of it is known
+        return False
+    position = file.tell()
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            behind |= head[4:] == b"IDAT"
+            if behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+        return False
+    finally:
+        file.seek(position)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

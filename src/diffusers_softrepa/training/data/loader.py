@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from .cache import TensorCache
 from .dataset import Example, Examples
-from .image import BrokenExample, Frame, Framing, Size, content_id, decode, fetch, image_size, place_frame, render
+from .image import BrokenExample, Frame, Framing, Size, content_id, decode, fetch, place_frame, render
 from .sampler import BrokenCount, PairSampler, Slot, draw, draw_uniform
 
 
@@ -37,13 +37,15 @@ class Reader:
         seed: Of all draws.
         latents: Cache of latents to read instead of decoding images. It holds every image once, as it is framed in
             epoch 0: so a random crop or flip is the same in every epoch.
+        empty_prompts: Share of the images, drawn per image and epoch, that get an empty caption.
     """
 
     framing: Framing
     seed: int
     latents: TensorCache | None = None
+    empty_prompts: float = 0.0
 
-    def load(self, example: Example, *, number: int, epoch: int, size: Size) -> Example:
+    def load(self, example: Example, *, number: int, epoch: int, size: Size, time: int = 0) -> Example:
         """Returns an example with caption and pixels or latents.
 
         Args:
@@ -51,48 +53,52 @@ class Reader:
             number: Of the example in the data set (of a stream: in the epoch).
             epoch: Of the draws.
             size: Of the pixels, (H, W).
+            time: How often the example has come before in this epoch.
 
         Raises:
             BrokenExample: It has no caption, its image cannot be read, or is not in the cache of latents.
         """
         fetched = fetch(example.image)
         if not example.captions:
-            raise BrokenExample("it has no caption")
+            raise BrokenExample("it has no caption that can be read: none, empty, or with half of a character in it")
+        key = (self.seed, epoch, number, *([time] if time else []))
         several = len(example.captions) > 1
-        drawn = draw(self.seed, epoch, number, "caption") % len(example.captions) if several else 0
+        caption = example.captions[draw(*key, "caption") % len(example.captions) if several else 0]
+        if self.empty_prompts and draw_uniform(*key, "empty") < self.empty_prompts:
+            caption = ""
         identity = content_id(fetched)
         pixels, latents = None, None
         if self.latents is None:
             image = decode(fetched)
-            pixels = render(image, self._frame(image, size, identity, epoch))
-        elif (latents := self.latents.get(image_name(identity))) is None:
+            pixels = render(image, self._frame(image, size, identity, epoch, time))
+        elif (latents := self.latents.get(self.latents_name(identity, size))) is None:
             raise BrokenExample("its latents are not in the cache: it was broken, or not there, when that was filled")
         return replace(
             example,
             image=None,
-            caption=example.captions[drawn],
+            caption=caption,
             pixels=pixels,
             latents=latents,
             image_id=identity,
             size=size,
         )
 
-    def cached_pixels(self, example: Example) -> Tensor:
-        """The pixels that the cache of latents holds the latents of, (3, H, W); errors as `load`."""
+    def cached_pixels(self, example: Example, size: Size) -> Tensor:
+        """The pixels of a size that the cache holds the latents of, (3, H, W); errors as `load`."""
         fetched = fetch(example.image)
-        image, size = decode(fetched), self.framing.size_of(image_size(fetched))
+        image = decode(fetched)
         return render(image, self._frame(image, size, content_id(fetched), epoch=0))
 
-    def _frame(self, image: Image.Image, size: Size, identity: int, epoch: int) -> Frame:
-        framing, key = self.framing, (self.seed, epoch, identity)
+    def latents_name(self, image_id: int, size: Size) -> str:
+        """The name of an image in a cache of latents; of its size only where it has several."""
+        name = f"image-{image_id:016x}"
+        return f"{name}-{size[0]}x{size[1]}" if self.framing.further_resolutions else name
+
+    def _frame(self, image: Image.Image, size: Size, identity: int, epoch: int, time: int = 0) -> Frame:
+        framing, key = self.framing, (self.seed, epoch, identity, *([time] if time else []))
         crop_at = draw_uniform(*key, "crop") if framing.crop == "random" else 0.5
         flip_at = draw_uniform(*key, "flip") if framing.flip else 1.0
         return place_frame((image.height, image.width), size, framing, crop_at=crop_at, flip_at=flip_at)
-
-
-def image_name(image_id: int) -> str:
-    """The name of an image in a cache of latents."""
-    return f"image-{image_id:016x}"
 
 
 @final
@@ -121,6 +127,7 @@ class PairLoader(DataLoader[list[Example]]):
         num_workers: Threads that load ahead; 0 loads when asked.
         prefetch: Batches to load ahead.
         latents: Cache filled by `encode.fill_latents`; images that are not in it count as broken.
+        empty_prompts: Share of the images, drawn per image and epoch, that get an empty caption.
 
     Raises:
         ValueError: A setting is out of range, or the examples do not fill a batch.
@@ -142,6 +149,7 @@ class PairLoader(DataLoader[list[Example]]):
         num_workers: int = 2,
         prefetch: int = 2,
         latents: TensorCache | None = None,
+        empty_prompts: float = 0.0,
     ) -> None:
         _check_at_least(1, batch_size=batch_size, shuffle_buffer=shuffle_buffer, prefetch=prefetch)
         _check_at_least(0, num_workers=num_workers)
@@ -153,7 +161,7 @@ class PairLoader(DataLoader[list[Example]]):
         self.world_size, self._threads, self._prefetch = world_size, num_workers, prefetch
         self.epoch, self.batches = 0, 0
         self._broken = BrokenCount(max_broken)
-        self._reader = Reader(framing, seed, latents)
+        self._reader = Reader(framing, seed, latents, empty_prompts)
         self.order = PairSampler(
             examples,
             framing,
@@ -219,6 +227,7 @@ class PairLoader(DataLoader[list[Example]]):
             "drop_last": order.drop_last,
             "global_batch_size": order.batch_size,
             "num_examples": order.examples.count,
+            "weights": [weight for _, weight in order.examples.weights],
             "sizes": [list(size) for size in order.framing.sizes],
         }
 
@@ -243,10 +252,11 @@ class PairLoader(DataLoader[list[Example]]):
     def _load(self, slot: Slot, epoch: int) -> Example:
         """Loads a row, or the first of those that may replace it that is not broken."""
         block, order, _, size = slot
-        for place in slot.candidates():
+        for entry in slot.candidates():
+            time, place = divmod(entry, block.size)
             example = block.read(place)
             try:
-                return self._reader.load(example, number=block.start + place, epoch=epoch, size=size)
+                return self._reader.load(example, number=block.start + place, epoch=epoch, size=size, time=time)
             except BrokenExample as error:
                 self._broken.add(example.name, error, out_of=(block.start + block.size) / self.world_size)
         raise ValueError(f"none of {len(order)} examples of size {size} can be used; see the warnings before")

@@ -3,7 +3,8 @@
 Everything drawn in an epoch comes from a hash of (seed, epoch, example) and from nothing else, so a batch depends
 neither on the batches before it nor on the number of processes and threads:
 
-- the order is a permutation of the data set, or of one block of a stream after the other
+- the order is a permutation of the data set, or of one block of a stream after the other; an example of weight w comes
+  w times, once in each resolution every time, and where w is no whole number, the examples take turns
 - consecutive examples of one size fill a global batch; every process takes its share of the rows
 - a broken example is replaced by the one half an epoch (or block) away of the same size, then by the one after that;
   no other row moves
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch.utils.data import Sampler
@@ -47,7 +48,8 @@ class Slot(NamedTuple):
 
     Attributes:
         block: Of the example.
-        order: The block's examples of this size, in the order of the epoch.
+        order: The block's examples of this size, in the order of the epoch: place in the block + its size * how often
+            the example has come before.
         place: In `order`.
         size: Of the pixels, (H, W).
     """
@@ -58,7 +60,7 @@ class Slot(NamedTuple):
     size: Size
 
     def candidates(self) -> Iterator[int]:
-        """Places in the block: of the example, then of those that may replace it, each once."""
+        """Entries of `order`: that of the example, then those that may replace it, each once."""
         middle = self.place + len(self.order) // 2
         others = ((middle + step) % len(self.order) for step in range(len(self.order)))
         return chain([self.order[self.place]], (self.order[other] for other in others if other != self.place))
@@ -150,7 +152,12 @@ class PairSampler(Sampler[list[Slot]]):
         self.examples, self.framing, self.batch_size = examples, framing, batch_size
         self.seed, self.buffer, self.drop_last, self._broken = seed, buffer, drop_last, broken
         self.epoch = 0
-        self._sizes = self._read_sizes() if framing.aspect_buckets and examples.count is not None else None
+        self._sizes: Sequence[tuple[Size, ...]] | None = None
+        if examples.count is not None:
+            (block,) = examples.blocks(block_size=buffer)
+            if framing.aspect_buckets:
+                logger.info("reading the sizes of %d images from their headers", block.size)
+            self._sizes = self._read_sizes(block)
         self.size_counts = self._count_sizes()
         self._announce()
 
@@ -181,45 +188,72 @@ class PairSampler(Sampler[list[Slot]]):
         return sum(rounded(count / self.batch_size) for count in self.size_counts.values())
 
     def _slots(self, block: Block) -> list[Slot]:
+        sizes = self._sizes if self._sizes is not None else self._read_sizes(block)
+        entries = self._entries(block.size, sizes)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(draw(self.seed, self.epoch, block.start, "order"))
+            entries = [entries[place] for place in torch.randperm(len(entries), generator=generator).tolist()]
         orders: dict[Size, list[int]] = {}
         slots = []
-        for place in self._order(block):
-            if (size := self._size(block, place)) is not None:
+        for entry in entries:
+            if found := sizes[entry % block.size]:
+                size = found[entry // block.size % len(found)]
                 order = orders.setdefault(size, [])
                 slots.append(Slot(block, order, len(order), size))
-                order.append(place)
+                order.append(entry)
         return slots  # the orders are whole now
 
-    def _order(self, block: Block) -> list[int]:
-        if self.seed is None:
-            return list(range(block.size))
-        generator = torch.Generator().manual_seed(draw(self.seed, self.epoch, block.start, "order"))
-        return torch.randperm(block.size, generator=generator).tolist()
+    def _entries(self, count: int, sizes: Sequence[Sequence[Size]]) -> list[int]:
+        """The entries of an epoch (see `Slot.order`) by their place in a block of `count` examples."""
+        weights = self.examples.weights or [(range(count), 1.0)]
+        resolutions = 1 + len(self.framing.further_resolutions)
+        if resolutions == 1 and all(weight == 1 for _, weight in weights):
+            return list(range(count))
+        entries = []
+        for places, weight in weights:
+            groups: dict[Any, list[int]] = {}  # so that every epoch has as many examples of a size
+            for place in places:
+                groups.setdefault(sizes[place], []).append(place)
+            for group in groups.values():
+                whole, rest = divmod(weight, 1)
+                often = [(place, time) for place in group for time in range(int(whole))]
+                often += [(place, int(whole)) for place in self._in_turn(group, rest)]
+                entries += [
+                    place + count * (time * resolutions + further)
+                    for place, time in often
+                    for further in range(resolutions)
+                ]
+        return sorted(entries, key=lambda entry: (entry % count, entry))
 
-    def _size(self, block: Block, place: int) -> Size | None:
-        """The size that an image is brought to; None if its own cannot be read."""
+    def _in_turn(self, group: list[int], share: float) -> list[int]:
+        """The part of a group, at least one if the share is not 0, whose turn it is in this epoch."""
+        taken = max(1, round(share * len(group))) if share else 0
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(draw(self.seed, "turns"))
+            group = [group[place] for place in torch.randperm(len(group), generator=generator).tolist()]
+        return [group[(self.epoch * taken + step) % len(group)] for step in range(taken)]
+
+    def _read_sizes(self, block: Block) -> Sequence[tuple[Size, ...]]:
+        """The sizes that each image of a block is brought to, none if its own cannot be read."""
         if not self.framing.aspect_buckets:
-            return self.framing.sizes[0]
-        return self._sizes[place] if self._sizes is not None else self._read_size(block, place)
+            return [self.framing.sizes_of((1, 1))] * block.size
 
-    def _read_size(self, block: Block, place: int) -> Size | None:
-        example = block.read(place)
-        with self._broken.skipping(example.name, out_of=block.start + block.size):
-            return self.framing.size_of(image_size(example.image))
-        return None
+        def read(place: int) -> tuple[Size, ...]:
+            example = block.read(place)
+            with self._broken.skipping(example.name, out_of=block.start + block.size):
+                return self.framing.sizes_of(image_size(example.image))
+            return ()
 
-    def _read_sizes(self) -> list[Size | None]:
-        (block,) = self.examples.blocks(block_size=self.buffer)
-        logger.info("reading the sizes of %d images from their headers", block.size)
         with ThreadPoolExecutor(8) as threads:
-            return list(threads.map(lambda place: self._read_size(block, place), range(block.size)))
+            return list(threads.map(read, range(block.size)))
 
     def _count_sizes(self) -> dict[Size, int] | None:
-        if self.examples.count is None:
-            return None
         if self._sizes is None:
-            return {self.framing.sizes[0]: self.examples.count}
-        counts = Counter(self._sizes)
+            return None
+        (block,) = self.examples.blocks(block_size=self.buffer)
+        entries = self._entries(block.size, self._sizes)
+        found = ((self._sizes[entry % block.size], entry // block.size) for entry in entries)
+        counts = Counter(sizes[time % len(sizes)] for sizes, time in found if sizes)
         return {size: counts[size] for size in self.framing.sizes if counts[size]}
 
     def _announce(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
@@ -75,9 +76,30 @@ def spread_timesteps(number: int, first_row: int, count: int, total: int) -> Ten
     return (torch.arange(first_row, first_row + count) + (number % 7 + 0.5) / 7) * 1000 / total
 
 
+def min_snr_weights(noising: Noising, timestep: Tensor, gamma: float) -> Tensor:
+    """Returns the min-SNR weight of each timestep: min(snr, gamma) / snr for epsilon, / (snr + 1) for v.
+
+    Args:
+        noising: Of a model that predicts epsilon or v.
+        timestep: (b,) int64.
+        gamma: The largest signal-to-noise ratio that counts in full.
+
+    Returns:
+        (b,) float32.
+
+    Source:
+        Min-SNR, arXiv 2303.09556, section 3.4.
+    """
+    snr = compute_snr(noising, timestep)
+    return snr.clamp(max=gamma) / (snr + 1) if noising.prediction == "v_prediction" else (gamma / snr).clamp(max=1)
+
+
 @final
 class PairCollator:
     """Makes pairs of examples.
+
+    Raises:
+        ValueError: `snr_gamma` is given for a model of flow matching, which has no such ratio.
 
     Args:
         args: The settings of the draws.
@@ -89,6 +111,11 @@ class PairCollator:
     def __init__(
         self, args: ContrastiveFlowMatchingArguments, encoder: Encoder, noising: Noising, accelerator: Accelerator
     ) -> None:
+        if args.snr_gamma is not None and noising.prediction == "flow":
+            raise ValueError(
+                "snr_gamma weighs the timesteps of models that predict noise or v, but this one predicts a velocity; "
+                "leave it out, and choose a timestep_density instead"
+            )
         self._args, self._encoder, self._noising, self._accelerator = args, encoder, noising, accelerator
 
     def __call__(self, examples: Sequence[Example], draws: Draws, timestep: Tensor | None = None) -> PairBatch:
@@ -105,6 +132,7 @@ class PairCollator:
         timestep = draw_timesteps(draws, count, self._args) if timestep is None else timestep
         timestep = self._noising.round_timestep(timestep).to(device)
         conditions, positive, candidates = self._meet(examples)
+        gamma = self._args.snr_gamma
         return PairBatch(
             noisy_latents=self._noising.noisy_latents(latents, noise, timestep),
             target=self._noising.target(latents, noise, timestep),
@@ -112,6 +140,7 @@ class PairCollator:
             conditions=conditions,
             positive=positive.to(device),
             candidates=candidates.to(device),
+            row_weights=None if gamma is None else min_snr_weights(self._noising, timestep, gamma),
         )
 
     def _meet(self, examples: Sequence[Example]) -> tuple[Conditions, Tensor, Tensor]:

@@ -37,6 +37,7 @@ class PairBatch:
         conditions: The c captions, encoded: tensors with c rows.
         positive: Column of each image's caption, (b,) int64.
         candidates: Which pairs take part, (b, c) bool.
+        row_weights: Weight of each image in the mean over images, (b,) float32; None for 1 each.
     """
 
     noisy_latents: Tensor
@@ -45,6 +46,7 @@ class PairBatch:
     conditions: Conditions
     positive: Tensor
     candidates: Tensor
+    row_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,7 @@ class PairEngine:
             return self._step_twice(batch, generator)
         found = pair_errors(self._run(batch, pairs), batch.target[pairs[:, 0]])
         errors = _scattered(found.detach(), batch)
-        regression = self.objective(errors, batch.positive, batch.candidates)
+        regression = self._regress(batch, errors)
         return PairStep(regression.loss, errors, self._gradients(found, regression.weights[batch.candidates]))
 
     def _samples(self, batch: PairBatch) -> bool:
@@ -212,7 +214,25 @@ class PairEngine:
                     predictions[tuple(pairs.T)] = prediction.to(predictions.dtype)
         errors = _scattered(torch.cat(found), batch)
         target = batch.target if keeps else None
-        return errors, self.objective(errors, batch.positive, batch.candidates, predictions, target)
+        return errors, self._regress(batch, errors, predictions, target)
+
+    def _regress(self, batch: PairBatch, errors: Tensor, *predicted: Tensor | None) -> PairRegression:
+        """Returns the objective's regression, row by row where rows have weights: it is a mean over them."""
+        if batch.row_weights is None:
+            return self.objective(errors, batch.positive, batch.candidates, *predicted)
+        each = [
+            self.objective(*(None if part is None else part[row : row + 1] for part in parts))  # type: ignore[arg-type]
+            for parts in [(errors, batch.positive, batch.candidates, *predicted)]
+            for row in range(len(errors))
+        ]
+        share = batch.row_weights / len(each)  # (b,)
+        return PairRegression(
+            (torch.stack([part.loss for part in each]) * share).sum(),
+            torch.cat([part.weights for part in each]) * share.unsqueeze(1),
+            None
+            if each[0].targets is None
+            else torch.cat([part.targets for part in each if part.targets is not None]),
+        )
 
     def _run(self, batch: PairBatch, pairs: Tensor) -> Tensor:
         """Returns the predictions of pairs (n, 2) of row and column."""
@@ -246,6 +266,7 @@ def _rows_of(batch: PairBatch, wanted: Tensor, rows: range) -> PairBatch:
         timestep=batch.timestep[chosen],
         positive=batch.positive[chosen],
         candidates=wanted[chosen],
+        row_weights=None if batch.row_weights is None else batch.row_weights[chosen],
     )
 
 

@@ -1,0 +1,270 @@
+"""Folders of images as people keep them: a text file beside each image, or one table for all of them.
+
+    photos/cat.png + photos/cat.txt               a caption file beside each image, `.txt` or `.caption`; a line each
+    photos/10_cat/1.png + photos/10_cat/1.txt     the number of a sub-folder repeats its images, as in kohya's scripts
+    photos/images/cat.png + photos/captions.csv   a table: .jsonl, .csv, .tsv, .json or .parquet
+    photos/train/cat.png + photos/train/metadata.jsonl
+
+Sub-folders are read as well. Hidden files, and the masks that OneTrainer keeps beside its images, are not.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ...files import parse_json, read_json_lines, read_lines
+from ...quoting import one_line, quoted
+
+Rows = list[dict[str, Any]]
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".png",
+            ".apng",
+            ".webp",
+            ".bmp",
+            ".gif",
+            ".tif",
+            ".tiff",
+            ".avif",
+            ".heic",
+        ),
+        *(".heif", ".jxl", ".jp2", ".ppm", ".pgm"),
+    )
+)
+FILE_COLUMNS = (
+    *("file_name", "filename", "file", "file_path", "filepath", "image", "image_path", "image_file", "image_name"),
+    *("img", "img_path", "path"),
+)
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
+_CAPTION_SUFFIXES = (".txt", ".caption")
+_DATA_SUFFIXES = (*TABLE_SUFFIXES, ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
+_JSON_LINE = '{"file_name": "cat.jpg", "text": "a cat"}'
+_REPEATED = re.compile(r"([0-9]+)_(.+)")
+
+
+def load_folder(folder: Path, split: str, file_column: str | None = None) -> list[tuple[Rows, float]] | None:
+    """Reads a folder of images.
+
+    Args:
+        folder: It exists.
+        split: A sub-folder to read instead, if there is one of this name and no table beside it.
+        file_column: Column of a table that names the image files; found by its usual names unless given.
+
+    Returns:
+        Rows with the path of an `image` and the columns of the table or `text`, and how often an epoch has them; None
+        if it is no folder of images but of data files, for `datasets` to read.
+
+    Raises:
+        ValueError: There are images but no captions, a file is not UTF-8, or a table names files that do not exist.
+    """
+    files = sorted(_files(folder))
+    if not files:
+        raise ValueError(
+            f"{folder} is empty; put images and a metadata.jsonl there, or images with a text file beside each"
+        )
+    images = [path for path in files if _is_image(path)]
+    tables = [path for path in files if path.suffix.lower() in TABLE_SUFFIXES]
+    metadata = [path for path in tables if path.stem.lower() == "metadata"]
+    if not any(path.parent == folder for path in metadata) and split and (folder / split).is_dir():
+        return load_folder(folder / split, "", file_column)
+    if not images and not any(path.suffix != ".parquet" for path in metadata):
+        if any(path.suffix.lower() in _DATA_SUFFIXES for path in files):
+            return None
+        raise _unrecognised(folder, files)
+    if metadata:
+        first = {path.parent: path for path in sorted(metadata, key=_by_suffix, reverse=True)}
+        loaded = [load_table(path, images, file_column) for path in sorted(first.values())]
+        return [(rows, 1.0) for rows in loaded if rows] or [([], 1.0)]
+    if found := list(_captioned(folder, files, images)):
+        return found
+    usable = [path for path in sorted(tables, key=_by_suffix) if _names_files(path, file_column)]
+    named = [path for path in usable if path.stem.lower() in ("captions", "caption", "prompts", "labels")]
+    if len(named or usable) > 1:
+        shown = ", ".join(str(path.relative_to(folder)) for path in named or usable)
+        raise ValueError(f"{folder} has several tables of images, {shown}; rename the one to read to metadata")
+    if not usable:
+        raise _unrecognised(folder, files)
+    return [(load_table((named or usable)[0], images, file_column), 1.0)]
+
+
+def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None = None) -> Rows:
+    """Reads a table of image files and captions, one image a row.
+
+    Args:
+        table: A file of `TABLE_SUFFIXES`.
+        images: Where to look for files that are not where the table says, by their names.
+        file_column: The column of the files; found by its usual names unless given.
+
+    Returns:
+        The rows, with the path or URL of the `image`.
+
+    Raises:
+        ValueError: It is not such a table, or names files that do not exist.
+    """
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for path in images:
+        for known in {path.name, path.stem}:
+            by_name[known].append(path)
+    rows: Rows = []
+    missing: list[str] = []
+    for where, row in _read_table(table):
+        column = file_column or _file_column(row)
+        name = row.get(column) if column and isinstance(row, dict) else None
+        if isinstance(name, dict) and (name.get("bytes") or name.get("path")):  # as `datasets` writes parquet files
+            rows.append({**row, "image": name})
+            continue
+        if not isinstance(name, str) or not name or "\0" in name:
+            kind, such = ("line", _JSON_LINE) if table.suffix == ".jsonl" else ("row", "file_name,text")
+            must = (
+                f"be a JSON object with a file_name, such as {such}"
+                if kind == "line"
+                else (f"name an image file, below a heading such as {such}")
+            )
+            raise ValueError(f"every {kind} of {table} must {must}, but {where} is {quoted(row)}")
+        found = name if "://" in name else _find(table.parent, name, by_name)
+        missing += [] if found else [f"{name} ({where})"]
+        rows.append({**row, **({file_column: found} if file_column else {}), "image": found})
+    if missing:
+        raise ValueError(
+            f"{table} names {len(missing)} of {len(rows)} files that do not exist: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return rows
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        yield from (Path(parent) / name for name in names if not name.startswith("."))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(("-masklabel", "-condlabel"))
+
+
+def _by_suffix(path: Path) -> tuple[int, Path]:
+    return TABLE_SUFFIXES.index(path.suffix.lower()), path
+
+
+# Caption files.
+
+
+def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> Iterator[tuple[Rows, float]]:
+    """Yields the images by their repeats, if some have a caption file, or a sub-folder that names its subject."""
+    texts: dict[Path, list[Path]] = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() in _CAPTION_SUFFIXES:
+            texts[path.with_suffix("")].append(path)
+    parts: dict[Path, Rows] = defaultdict(list)
+    for path in images:
+        captions = [line for text in texts[path.with_suffix("")] or texts[path] for line in read_lines(text)]
+        parts[_repeated(folder, path)].append({"image": path, "text": captions})
+    for part, rows in parts.items():
+        repeats = _REPEATED.fullmatch(part.name) if part != folder else None
+        if repeats and not any(row["text"] for row in rows):  # as kohya's scripts do without caption files
+            rows = [{**row, "text": [repeats[2].replace("_", " ")]} for row in rows]
+        parts[part] = rows
+    if any(row["text"] for rows in parts.values() for row in rows):
+        yield from ((rows, float(part.name.split("_")[0]) if part != folder else 1.0) for part, rows in parts.items())
+
+
+def _repeated(folder: Path, path: Path) -> Path:
+    """Returns the nearest sub-folder whose name begins with a number of repeats, else the folder itself."""
+    inner = (parent for parent in path.parents if folder in parent.parents)
+    return next((parent for parent in inner if _REPEATED.fullmatch(parent.name)), folder)
+
+
+# Tables.
+
+
+def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
+    """Yields where a row stands, for messages, and the row.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    kind = table.suffix.lower()
+    if kind == ".jsonl":
+        for number, row in read_json_lines(table, allow_nonfinite=True, allow_surrogates=True):
+            yield f"line {number}", row
+    elif kind in (".csv", ".tsv"):
+        yield from _read_csv(table)
+    elif kind == ".parquet":
+        from pyarrow import parquet
+
+        for number, row in enumerate(parquet.read_table(table).to_pylist(), start=1):
+            yield f"row {number}", row
+    else:
+        rows = parse_json(table.read_bytes(), one_line(table), allow_nonfinite=True, allow_surrogates=True)
+        if isinstance(rows, dict):  # captions by file
+            entries = {name: row if isinstance(row, dict) else {"text": row} for name, row in rows.items()}
+            rows = [{"file_name": name, **entry} for name, entry in entries.items()]
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+            yield f"entry {number}", row
+
+
+def _read_csv(table: Path) -> Iterator[tuple[str, Any]]:
+    lines = read_lines(table)
+    if not lines:
+        return
+    sign = max(",;\t|", key=lines[0].count)
+    reader = csv.DictReader([f"{line}\n" for line in lines], delimiter=sign, restkey="", strict=True)
+    try:
+        for row in reader:
+            if row.get(""):
+                raise ValueError(
+                    f"line {reader.line_num} of {table} has more fields than the heading; put captions that hold "
+                    f"{quoted(sign)} between double quotes"
+                )
+            yield f"line {reader.line_num}", {(name or "").strip(): value for name, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} of {table} cannot be read: {error}") from error
+
+
+def _file_column(row: Any) -> str | None:
+    names = {name.strip().lower().replace(" ", "_"): name for name in row} if isinstance(row, dict) else {}
+    return next((names[name] for name in FILE_COLUMNS if name in names), None)
+
+
+def _names_files(table: Path, file_column: str | None) -> bool:
+    """Whether the first row of a table names an image file."""
+    try:
+        _, row = next(_read_table(table), ("", None))
+    except ValueError:
+        return False
+    return file_column in row if file_column and isinstance(row, dict) else _file_column(row) is not None
+
+
+def _find(folder: Path, name: str, by_name: dict[str, list[Path]]) -> Path | None:
+    """Returns the file that a table in a folder means: as written, in `images/`, or the only one of that name."""
+    written = name.replace("\\", "/")
+    for path in (folder / name, folder / written, folder / "images" / written):
+        if path.is_file():
+            return path
+    only = by_name.get(Path(written).name, [])
+    return only[0] if len(only) == 1 else None
+
+
+def _unrecognised(folder: Path, files: list[Path]) -> ValueError:
+    kinds = Counter(path.suffix.lower() or "without a suffix" for path in files)
+    shown = ", ".join(str(path.relative_to(folder)) for path in files[:4]) + (", ..." if len(files) > 4 else "")
+    images = [path for path in files if _is_image(path)]
+    first = images[0].relative_to(folder) if images else Path("cat.png")
+    return ValueError(
+        f"{folder} has {'images but no captions' if images else 'no images'} that can be recognised: found "
+        f"{', '.join(f'{count} {kind}' for kind, count in kinds.most_common(6))} ({quoted(shown, 160)[1:-1]}); write "
+        f"each caption into a text file beside its image, such as {first.with_suffix('.txt')} for {first}, or all "
+        f'into a metadata.jsonl with lines such as {{"file_name": "{first}", "text": "a cat on a mat"}}'
+    )
