@@ -399,7 +399,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     options.binary_location = binary
     for flag in (
         "headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync", "window-size=1000,1220",
+        "disable-background-networking", "disable-component-update", "disable-sync", "window-size=1000,1340",
         "hide-scrollbars", "no-proxy-server", "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"user-data-dir={tmp_path / 'profile'}",
     ):  # fmt: skip
@@ -407,7 +407,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        driver.set_window_size(1000, 1220)
+        driver.set_window_size(1000, 1340)
         yield driver
     finally:
         driver.quit()

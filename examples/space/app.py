@@ -250,7 +250,7 @@ def _picture(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
             label=label,
             format="png",
             interactive=False,
-            height=440,
+            height=480,
             buttons=["download"],
             elem_id=name,
             elem_classes="picture",
