@@ -6,7 +6,12 @@ RUN = $(VENV)/bin/python
 PUBLISHED ?= $(wildcard ../shared/published/sd3)
 export SOFTREPA_PUBLISHED_SD3 = $(PUBLISHED)
 
-.PHONY: demo space test test-all lint format docs bench
+# The torch of the older stacks. `make test-stacks TORCH=2.6.0` takes the lowest, with gigabytes of CUDA libraries.
+TORCH ?= 2.13.0
+# What the smoke test of a stack runs: golden numbers, the verbs, files, training and the command.
+SMOKE = $(addprefix tests/test_,golden.py tokens.py verbs.py checkpoint.py objectives.py trainer.py commands.py)
+
+.PHONY: demo space test test-all test-stacks smoke-lowest lint format docs bench
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +32,23 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+
+# An environment of its own for the releases of constraints-lowest.txt or constraints-middle.txt.
+$(VENV)/%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(VENV)/$*
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints-$*.txt > $(VENV)/$*/constraints.txt
+	$(VENV)/$*/bin/python -m pip install --quiet --constraint $(VENV)/$*/constraints.txt torch
+	$(VENV)/$*/bin/python -m pip install --quiet --constraint $(VENV)/$*/constraints.txt --editable ".[test]"
+	touch $@
+
+# The tests on the oldest releases, on those between, and on the newest.
+test-stacks: $(VENV)/lowest/.installed $(VENV)/middle/.installed
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/middle/bin/python -m pytest -n auto -m "not slow"
+	$(MAKE) test
+
+smoke-lowest: $(VENV)/lowest/.installed
+	OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n auto -m "not slow" $(SMOKE)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -15,9 +15,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -27,7 +29,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 import yaml
 from huggingface_hub import constants, hf_api
-from huggingface_hub.utils import close_session
+
+try:
+    from huggingface_hub.utils import close_session
+except ImportError:  # huggingface_hub 0
+    from huggingface_hub.utils._http import reset_sessions as close_session
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,6 +77,7 @@ class HubError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, **body: Any) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.body, self.commit = status, message, code, body, None
+        self.headers: dict[str, str] = {}
 
 
 class HubServer:
@@ -79,11 +86,13 @@ class HubServer:
     Attributes:
         repos: Repositories by id.
         requests: What was asked so far, as "METHOD path".
+        fault: Called with each "METHOD path"; an error that it returns is the answer, `ConnectionResetError` hangs up.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
+        self.fault: Callable[[str], Exception | None] = lambda _: None
         self.large_files: dict[str, bytes] = {}
         self.users: dict[str, str] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -141,7 +150,7 @@ class HubServer:
             "HF_HUB_OFFLINE": False,
         }
         for name, value in values.items():
-            monkeypatch.setattr(constants, name, value)
+            monkeypatch.setattr(constants, name, value, raising=False)  # older releases lack some
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         close_session()
 
@@ -198,12 +207,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {unquote(self.path)}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
+            fault = self.hub.fault(f"{self.command} {unquote(self.path)}")
+            if isinstance(fault, ConnectionResetError):
+                self.close_connection = True
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                return
+            if fault is not None:
+                raise fault
             status, headers, content = self._route(body)
         except HubError as error:
             status, content = error.status, json.dumps({"error": error.message, **error.body}).encode()
             headers = {"X-Error-Message": error.message, "Content-Type": "application/json"}
             headers |= {"X-Error-Code": error.code} if error.code else {}
             headers |= {"X-Repo-Commit": error.commit} if error.commit else {}
+            headers |= error.headers
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 import tiny
+from diffusers_softrepa.compat import ClipProcessor
 
 SIDE, WIDTH, PATCH = 30, 32, 10
 _WORDS = "USER ASSISTANT Does this figure show Please answer yes or no Yes a the red blue cat dog two and of"
@@ -40,8 +40,8 @@ def _vision() -> dict[str, Any]:
     }
 
 
-def _processor(**options: Any) -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, **options)
+def _processor(**options: Any) -> ClipProcessor:
+    return ClipProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, **options)
 
 
 def clip(folder: Path, *, act: str = "quick_gelu", text_hidden: int = WIDTH) -> Path:

@@ -1,4 +1,4 @@
-"""The demo runs the main job on the embedded pipeline, in its smallest size."""
+"""The demo runs the main job on the embedded pipeline, in its smallest size, and what it ships does what it says."""
 
 import importlib.util
 import json
@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from shapes_world.drawing import draw, load_base, measure
+from shapes_world.world import prompts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -20,13 +24,16 @@ def demo() -> ModuleType:
     return module
 
 
-def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys):
+def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "SEEDS_SHOWN", 1)
     demo.main(["--per-skill", "2", "--steps", "4", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     for skill in (*demo.SKILLS, "total"):
-        assert re.search(rf"{skill} +\d+\.\d % +\d+\.\d %", printed)
+        # In the adapter's table, and in that of the trained one.
+        assert len(re.findall(rf"{skill} +\d+\.\d % +\d+\.\d %", printed)) == 2
+    assert len(re.findall(r"total .* [+-]\d+\.\d ± \d+\.\d\n", printed)) == 2
     with Image.open(tmp_path / "pictures.png") as pictures:
-        assert pictures.height > 14 * 64
+        assert pictures.height > len(demo.SHOWN) * 96
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.width > 900
     log = [json.loads(line) for line in (tmp_path / "trained" / "log.jsonl").read_text().splitlines()]
@@ -36,10 +43,17 @@ def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys):
     assert json.loads((tmp_path / "trained" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
-def test_the_base_draws_clean_pictures_of_one_thing(demo):
-    """Its weights are in the repository; this is what the training of them is for."""
-    pipe = demo.load_base()
-    asks = [ask for ask in demo.prompts(24, seed=7) if ask.skill in ("single_object", "colors")]
-    found = demo.measure(pipe, demo.draw(pipe, asks, guidance=3.0, seed=7), asks)
-    assert found.correct.mean() > 0.6
+def test_the_shipped_adapter_brings_out_what_the_shipped_base_knows(demo):
+    """Their weights are in the repository; this is what the training of them is for."""
+    pipe, asks = load_base(), prompts(10, seed=7)
+    exact = [ask.exactly() for ask in asks]
+    right = {
+        "everyday": measure(pipe, draw(pipe, asks, guidance=2.0, seed=7), asks).correct,
+        "exact": measure(pipe, draw(pipe, exact, guidance=2.0, seed=7), exact).correct,
+    }
+    pipe.load_softrepa(demo.ADAPTER)
+    found = measure(pipe, draw(pipe, asks, guidance=2.0, seed=7), asks)
+    gain = found.correct.astype(float) - right["everyday"]
+    assert gain.mean() > 0.15 and gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain))
+    assert right["exact"].mean() > 1.5 * right["everyday"].mean()
     assert found.quality.mean() > 0.8

@@ -72,7 +72,7 @@ def test_the_command_lines_of_the_training_guide_are_understood(
     Path("settings.yaml").write_text(settings)
     lines = "".join(blocks("training.md", "bash")).splitlines()
     commands = [
-        shlex.split(line)[3:] for line in lines if line.startswith("accelerate launch examples/train_softrepa.py")
+        shlex.split(line)[5:] for line in lines if line.startswith("accelerate launch -m diffusers_softrepa train")
     ]
     assert len(commands) == 3
     for argv in commands:

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 import scorers
 import tiny
+from diffusers_softrepa.commands import run
+from diffusers_softrepa.commands.evaluate import EvaluateOptions
+from diffusers_softrepa.commands.models import PipelineOptions
+from diffusers_softrepa.commands.settings import parse
 from diffusers_softrepa.evaluation import IMAGE_METRICS, SET_METRICS, CLIPScore, metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -187,7 +191,6 @@ def test_what_makes_no_sense_is_said(more: list[str], message: str, capsys: pyte
 def test_adapters_are_compared_on_a_file_of_prompts(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    script = example("evaluate")
     monkeypatch.setattr(metrics, "IMAGE_METRICS", {"clip_score": lambda: CLIPScore(str(models / "clip"))})
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na red cat\n")
     argv = [
@@ -195,14 +198,17 @@ def test_adapters_are_compared_on_a_file_of_prompts(
         *("--prompts", str(tmp_path / "prompts.txt"), "--limit", "2", "--out", str(tmp_path / "out")),
         *("--seeds", "0", "1", "--steps", "1", "--size", "16", "--max_sequence_length", "24", "--batch_size", "2"),
     ]
-    assert script.main([*argv, "--debug"]) == 0
+    assert run("evaluate", [*argv, "--dry_run"]) == 0
+    assert "3 settings x 2 prompts x 2 seeds: 12 images, of which 12 are not in" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert run("evaluate", [*argv, "--debug"]) == 0
     printed = capsys.readouterr().out
     assert "| setting | clip_score ↑ |" in printed
     assert all(f"| {name} |" in printed for name in ("base", "mine:0.5", "mine"))
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 12
-    assert script.main([*argv, "--steps", "2"]) == 2
+    assert run("evaluate", [*argv, "--steps", "2"]) == 2
     assert "num_inference_steps was 1, is 2" in capsys.readouterr().err
-    assert script.main([*argv, "--adapter", "other"]) == 2
+    assert run("evaluate", [*argv, "--adapter", "other"]) == 2
     assert "an adapter is given as NAME=SOURCE" in capsys.readouterr().err
 
 
@@ -238,8 +244,11 @@ def test_the_guide_lists_every_metric_with_its_direction_and_paper():
 
 def test_the_command_lines_of_the_guide_are_understood():
     text = GUIDE.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if "examples/" in line and line.startswith(("python", "accelerate"))]
-    assert len(lines) == 3
+    starts = ("softrepa evaluate ", "accelerate launch -m diffusers_softrepa evaluate ")
+    lines = [line for line in text.splitlines() if line.startswith(starts)]
+    assert len(lines) == 2
     for line in lines:
-        script, *argv = shlex.split(line.split("examples/")[1])
-        example(script.removesuffix(".py")).parser().parse_args(argv)
+        _, argv = line.split(" evaluate ")
+        parse("evaluate", "", (PipelineOptions, EvaluateOptions), shlex.split(argv))
+    (line,) = (line for line in text.splitlines() if line.startswith("python examples/reproduce_paper.py"))
+    example("reproduce_paper").parser().parse_args(shlex.split(line)[2:])

@@ -173,3 +173,46 @@ def test_tokens_equal_a_text_that_is_longer_by_as_many_rows(specimen: Specimen):
 def _text_of(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     value = bound(positions_of(block.module), args, kwargs)[block.group.texts[0]]
     return value[0] if isinstance(value, tuple) else value
+
+
+def _with_one_row(inputs: zoo.Inputs, names: tuple[str, ...]) -> zoo.Inputs:
+    return {name: value[:1] if name in names else value for name, value in inputs.items()}
+
+
+def _of_one_row(specimen: Specimen) -> dict[str, tuple[str, ...]]:
+    """Returns which arguments may have one row where the others have two."""
+    inputs = specimen.inputs(2, LENGTH)
+    per_row = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (2,)]
+    words = [name for name in per_row if name == specimen.text or "mask" in name]
+    return {
+        "text": tuple(name for name in words if name == specimen.text),
+        "text and masks": tuple(words),
+        "all but the text": tuple(name for name in per_row if name not in words),
+        "all but timesteps": tuple(per_row),
+    }
+
+
+@each(EVERYTHING)
+def test_what_a_denoiser_broadcasts_it_broadcasts_with_tokens_as_well(specimen: Specimen):
+    """One row of text and several latents, or the other way round, give what the expanded call gives."""
+    inputs = specimen.inputs(2, LENGTH)
+    if not any(isinstance(value, Tensor) and value.shape[:1] == (2,) for value in inputs.values()):
+        pytest.skip("its arguments are no batches")
+    denoiser, adapted = specimen.denoiser(), zoo.with_tokens(specimen).requires_grad_(False)
+    for level in (500.0, torch.tensor([150.0, 950.0])):
+        for name, rows in _of_one_row(specimen).items():
+            one = _with_one_row(inputs, rows)
+            # Expanded by hand: what has one row is given twice.
+            both = {key: torch.cat([value, value]) if key in rows else value for key, value in one.items()}
+            try:
+                native = specimen.call(denoiser, one, level)
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+                continue  # it takes no such call
+            expanded = specimen.call(denoiser, both, level)
+            as_expanded = native.shape == expanded.shape and torch.allclose(native, expanded, rtol=1e-4, atol=1e-5)
+            for weight in (1.0, 0.5):
+                set_softrepa(adapted, "softrepa", weight)
+                found = specimen.call(adapted, one, level)
+                assert found.shape == native.shape, name
+                if as_expanded:
+                    assert_close(found, specimen.call(adapted, both, level), rtol=1e-4, atol=1e-5, msg=name)

@@ -12,15 +12,14 @@ from transformers import (
     CLIPModel,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessorPil,
     SwinConfig,
     YolosConfig,
     YolosForObjectDetection,
-    YolosImageProcessorPil,
 )
 
 import scorers
 import tiny
+from diffusers_softrepa.compat import pil_processor
 from diffusers_softrepa.evaluation import BoxDetector, Detection, Detector, GenEval, Mask2FormerDetector, Prompt
 from diffusers_softrepa.evaluation.metrics.detectors import instances
 from diffusers_softrepa.evaluation.metrics.geneval import COLORS, cut_out, is_correct, relations, surest
@@ -240,7 +239,7 @@ def test_mask2former_detects_without_scipy(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr("transformers.models.mask2former.modeling_mask2former.requires_backends", lambda *_: None)
         model = Mask2FormerForUniversalSegmentation(config).eval()
     model.save_pretrained(tmp_path)
-    processor = Mask2FormerImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 64})
+    processor = pil_processor("Mask2FormerImageProcessor")(size={"shortest_edge": 64, "longest_edge": 64})
     processor.save_pretrained(tmp_path)
     detector = Mask2FormerDetector(str(tmp_path))
     detector.setup(CPU)
@@ -269,7 +268,7 @@ def test_box_detectors_give_boxes_in_pixels(tmp_path: Path):
         label2id={name: number for number, name in LABELS.items()},
     )
     YolosForObjectDetection(config).save_pretrained(tmp_path)
-    YolosImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    pil_processor("YolosImageProcessor")(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     detector = BoxDetector(str(tmp_path))
     detector.setup(CPU)
     found = detector.detect(Image.new("RGB", (80, 40)))

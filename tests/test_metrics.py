@@ -16,6 +16,7 @@ from transformers import AutoProcessor, CLIPModel, Dinov2Config, Dinov2Model, Ll
 
 import scorers
 import tiny
+from diffusers_softrepa.compat import pil_processor
 from diffusers_softrepa.evaluation import (
     CMMD,
     FDCLIP,
@@ -251,8 +252,6 @@ def test_cmmd_stretches_pictures_and_fd_clip_cuts_their_middle(clip: Path):
 
 @torch.no_grad()
 def test_fd_dinov2_reads_the_class_token_of_a_stretched_picture(tmp_path: Path):
-    from transformers import BitImageProcessorPil
-
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
     )
@@ -261,7 +260,9 @@ def test_fd_dinov2_reads_the_class_token_of_a_stretched_picture(tmp_path: Path):
         nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    BitImageProcessorPil(size={"shortest_edge": 32}, image_mean=mean, image_std=std).save_pretrained(tmp_path)
+    pil_processor("BitImageProcessor")(size={"shortest_edge": 32}, image_mean=mean, image_std=std).save_pretrained(
+        tmp_path
+    )
     images, references = pictures(4), pictures(3, seed=2)
     metric = FDDINOv2(references, str(tmp_path), side=28)
     metric.setup(CPU)

@@ -1,5 +1,6 @@
 """What is published installs and imports: the wheel, the source distribution, and what stands beside the code."""
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,15 @@ def test_the_wheel_installs_and_imports_in_a_clean_environment(built: Path, tmp_
     assert "--to" in help_of_convert
 
 
+def test_installing_the_wheel_changes_no_other_package(built: Path):
+    """Beside the releases of this environment, the lowest, middle or newest ones, an installer has nothing to do."""
+    (wheel,) = built.glob("*.whl")
+    asked = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", "-", str(wheel)]
+    report = json.loads(run(asked))
+    changed = {package["metadata"]["name"] for package in report["install"]}
+    assert changed == {"diffusers-softrepa"}
+
+
 def test_the_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(built: Path):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -72,9 +82,10 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(
     source = built.parent / "src"
     package = {str(path.relative_to(source)) for path in (source / "diffusers_softrepa").rglob("*.py")}
     assert package | {"diffusers_softrepa/py.typed"} <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"diffusers_softrepa"}
+    top = {name.split("/")[0].split("-")[0] for name in names}
+    assert top == {"diffusers_softrepa", "softrepa_command.py"}
     assert any(name.endswith("LICENSE") for name in names)
-    for extra in ("train", "eval", "docs", "dev"):
+    for extra in ("train", "eval", "docs", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 
@@ -126,5 +137,7 @@ def test_the_lowest_versions_are_those_that_the_package_asks_for():
     required = text.partition("dependencies = [")[2].partition("]")[0]
     asked = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', required))
     assert len(asked) == 7
+    for name in required.replace('"', "").replace(",", "").split():
+        assert "<" not in name, f"an upper bound needs a reason: {name}"
     for name, version in asked.items():
         assert f"{lowest[name]}.".startswith(f"{version}."), name

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tiny
+import zoo_pipelines
 from diffusers_softrepa import SoftREPAConfig, load_softrepa, softrepa_parameters
 
 # FluxControlNetModel warns of its own positions.
@@ -507,3 +508,20 @@ def test_a_copy_of_one_block_has_no_tokens(family: tiny.Family):
     assert_close(copied(*seen["args"], **seen["kwargs"]), container[index](*seen["args"], **seen["kwargs"]))
     denoiser.enable_softrepa()
     assert torch.equal(family.call(denoiser, inputs, 500), before)
+
+
+@pytest.mark.parametrize("make", [tiny.flux_pipeline, zoo_pipelines.qwen_pipeline], ids=["flux", "qwen"])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_one_negative_prompt_for_several_prompts_is_that_prompt_for_each(make: Any, weight: float):
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.add_softrepa(SoftREPAConfig.for_denoiser(pipe.transformer, init_std=1.0))
+    pipe.set_softrepa("softrepa", weight)
+
+    def draw(negative: Any) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        settings = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+        prompts = ["a red cat", "two dogs"]
+        return pipe(prompts, negative_prompt=negative, true_cfg_scale=3.0, generator=generators, **settings).images
+
+    assert_close(draw("no"), draw(["no", "no"]), rtol=1e-4, atol=1e-4)

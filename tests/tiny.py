@@ -29,6 +29,9 @@ from transformers import (
     T5Tokenizer,
 )
 
+import tokenizers4
+from diffusers_softrepa.compat import TRANSFORMERS
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 MAX_LENGTH = 24
 WIDTH = 32
@@ -38,12 +41,16 @@ def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that spells words by letters."""
     words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(words)}
+    if TRANSFORMERS.major < 5:
+        return tokenizers4.clip_tokenizer(vocab, MAX_LENGTH)
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_LENGTH)
 
 
 def t5_tokenizer() -> T5Tokenizer:
     """A T5 tokenizer that spells words by letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    if TRANSFORMERS.major < 5:
+        return tokenizers4.t5_tokenizer(pieces, MAX_LENGTH)
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_LENGTH)
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor
 from torch.nn import functional
 
@@ -100,6 +99,8 @@ add(
 
 def _animate2(batch: int, length: int) -> Inputs:
     """The pass over the reference, which needs no compiler: lists of samples."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
     return {
         "hidden_states": list(noise("video", batch, 2, FRAMES, 4, 4)),
         "condition_latents": list(noise("condition", batch, 2, FRAMES, 4, 4)),

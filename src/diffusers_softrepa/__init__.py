@@ -19,6 +19,7 @@ from .pipeline import (
     load_softrepa,
     save_softrepa,
     set_softrepa,
+    softrepa_disabled,
     softrepa_parameters,
     unload_softrepa,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "register_family",
     "save_softrepa",
     "set_softrepa",
+    "softrepa_disabled",
     "softrepa_parameters",
     "supported_denoisers",
     "unload_softrepa",

@@ -5,8 +5,10 @@ They are guests. They are kept beside the denoiser's modules, not among them: it
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from .injection import Injector, Source
 from .tokens import SoftTokens
 
 _ATTRIBUTE = "_softrepa"
+# One for all denoisers: a verb on a pipeline changes several, and is over in microseconds.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,76 @@ class Adapter:
     layers: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class State:
+    """What is loaded into one denoiser and what takes part; a verb makes another one of it.
+
+    Attributes:
+        adapters: By name, in the order in which they came.
+        weights: Of the active ones, by name.
+        enabled: Whether these take part in denoiser calls.
+        pauses: How many `softrepa_disabled` contexts are open; in one, none takes part.
+    """
+
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    enabled: bool = True
+    pauses: int = 0
+
+    @property
+    def taking_part(self) -> dict[str, float]:
+        """Weights of the adapters that take part in denoiser calls, by name."""
+        return dict(self.weights) if self.enabled and not self.pauses else {}
+
+    def sources(self) -> list[Source]:
+        """Returns what the injector is to use."""
+        return [
+            Source(
+                self.adapters[name].tokens, self.adapters[name].layers, dict.fromkeys(self.adapters[name].layers, w)
+            )
+            for name, w in self.taking_part.items()
+        ]
+
+
 class Adapters:
     """All soft-token adapters of one denoiser.
 
-    Attributes:
-        enabled: Whether the active adapters take part in denoiser calls.
+    What changes them belongs into `changing`, which lets one thread at a time do it, wholly or not at all.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._injector = Injector(denoiser, family_of(denoiser))
-        self._adapters: dict[str, Adapter] = {}
-        self._weights: dict[str, float] = {}
-        self.enabled = True
+        self._injector = Injector.of(denoiser, family_of(denoiser))
+        self._state = State()
+
+    @property
+    def state(self) -> State:
+        """What is loaded and active now; it stays as it is when that changes."""
+        return self._state
 
     @property
     def names(self) -> list[str]:
         """Names of the loaded adapters, in the order in which they came."""
-        return list(self._adapters)
+        return list(self._state.adapters)
 
     @property
     def weights(self) -> dict[str, float]:
         """Weights of the active adapters by name."""
-        return dict(self._weights)
+        return dict(self._state.weights)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the active adapters take part in denoiser calls."""
+        return self._state.enabled and not self._state.pauses
 
     def __getitem__(self, name: str) -> Adapter:
-        self._check_present([name])
-        return self._adapters[name]
+        adapters = self._state.adapters
+        _check_present([name], adapters)
+        return adapters[name]
+
+    def become(self, state: State) -> None:
+        """Makes a state that of the denoiser; interrupted anywhere, a further call ends in what it is asked for."""
+        self._state = state
+        self._injector.use(state.sources())
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter and makes it the active one.
@@ -61,13 +109,12 @@ class Adapters:
         Raises:
             ValueError: The name is taken.
         """
-        if name in self._adapters:
+        if name in self._state.adapters:
             raise ValueError(
                 f"adapter names must be unique, but {name!r} is already loaded; choose another adapter_name, delete "
                 "the old one, or pass hotswap=True to replace its tokens in place"
             )
-        self._adapters[name] = adapter
-        self.activate([name], [1.0])
+        self.become(replace(self._state, adapters={**self._state.adapters, name: adapter}, weights={name: 1.0}))
 
     def check_swap(self, name: str, config: SoftREPAConfig) -> None:
         """Checks that `swap` can take an adapter.
@@ -89,11 +136,15 @@ class Adapters:
             ValueError: There is no such adapter, or the shapes or the stages differ.
         """
         self.check_swap(name, config)
-        old = self[name]
-        with torch.no_grad():
-            for key, parameter in old.tokens.named_parameters():
+        self.write(name, tensors)
+        adapters = self._state.adapters
+        self._state = replace(self._state, adapters={**adapters, name: replace(adapters[name], config=config)})
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copies numbers into the tokens of an adapter; a call that begins has all of the old or all of the new."""
+        with self._injector.writing(), torch.no_grad():
+            for key, parameter in self[name].tokens.named_parameters():
                 parameter.copy_(tensors[key])
-        self._adapters[name] = replace(old, config=config)
 
     def activate(self, names: Sequence[str], weights: Sequence[float]) -> None:
         """Makes exactly the named adapters active, with these weights.
@@ -101,19 +152,22 @@ class Adapters:
         Raises:
             ValueError: A name is unknown or comes twice, or a weight is not a finite number.
         """
-        self._check_present(names)
+        _check_present(names, self._state.adapters)
         if len(set(names)) != len(names) or len(names) != len(weights):
             raise ValueError(f"each adapter needs one weight, but got adapters {list(names)}, weights {list(weights)}")
         for weight in weights:
             if not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"a weight must be a finite number, but is {weight!r}")
-        self._weights = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
-        self._refresh()
+        chosen = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
+        self.become(replace(self._state, weights=chosen))
 
     def set_enabled(self, enabled: bool) -> None:
         """Switches the active adapters on or off; off, every denoiser call is the base model's."""
-        self.enabled = enabled
-        self._refresh()
+        self.become(replace(self._state, enabled=enabled))
+
+    def pause(self, count: int) -> None:
+        """Begins (1) or ends (-1) a stretch in which no adapter takes part, whether enabled or not."""
+        self.become(replace(self._state, pauses=self._state.pauses + count))
 
     def delete(self, names: Iterable[str]) -> None:
         """Removes adapters; no other one becomes active in their place.
@@ -121,32 +175,79 @@ class Adapters:
         Raises:
             ValueError: A name is unknown.
         """
-        names = list(names)
-        self._check_present(names)
-        for name in names:
-            del self._adapters[name]
-            self._weights.pop(name, None)
-        self._refresh()
+        gone, state = list(names), self._state
+        _check_present(gone, state.adapters)
+        self.become(
+            replace(
+                state,
+                adapters={name: adapter for name, adapter in state.adapters.items() if name not in gone},
+                weights={name: weight for name, weight in state.weights.items() if name not in gone},
+            )
+        )
 
     def use_bank(self, bank: Tensor | int) -> None:
         """Chooses the bank that calls of this thread read: one for all rows, or int64 of shape (batch,)."""
         self._injector.use_bank(bank)
 
-    def _refresh(self) -> None:
-        active = self._weights if self.enabled else {}
-        self._injector.use(
-            [Source(self._adapters[name].tokens, self._adapters[name].layers, w) for name, w in active.items()]
-        )
 
-    def _check_present(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self._adapters]
-        if unknown:
-            raise ValueError(f"no soft-token adapter is named {unknown}; loaded are {self.names or 'none'}")
+def _check_present(names: Sequence[str], adapters: Mapping[str, Adapter]) -> None:
+    unknown = [name for name in names if name not in adapters]
+    if unknown:
+        raise ValueError(f"no soft-token adapter is named {unknown}; loaded are {list(adapters) or 'none'}")
 
 
 def adapters_of(denoiser: nn.Module) -> Adapters | None:
     """Returns the adapters of a denoiser, or None when it has none."""
     return vars(denoiser).get(_ATTRIBUTE)
+
+
+@contextmanager
+def changing(denoisers: Iterable[nn.Module], *, numbers_of: str | None = None) -> Iterator[None]:
+    """Lets one thread at a time change the adapters of denoisers; an exception leaves them all as they were.
+
+    Args:
+        denoisers: Those that are changed.
+        numbers_of: Name of the adapter whose numbers are replaced as well.
+    """
+    with _ONE_AT_A_TIME:
+        before = [_Before.of(denoiser, numbers_of) for denoiser in denoisers]
+        try:
+            yield
+        except BaseException:
+            for each in before:
+                each.restore()
+            raise
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The adapters of a denoiser as they were before a change."""
+
+    denoiser: nn.Module
+    adapters: Adapters | None
+    state: State
+    numbers: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, numbers_of: str | None) -> "_Before":
+        adapters = adapters_of(denoiser)
+        state = State() if adapters is None else adapters.state
+        numbers = {
+            name: {key: value.clone() for key, value in adapter.tokens.state_dict().items()}
+            for name, adapter in state.adapters.items()
+            if name == numbers_of
+        }
+        return cls(denoiser, adapters, state, numbers)
+
+    def restore(self) -> None:
+        if self.adapters is None:
+            Injector.of(self.denoiser, family_of(self.denoiser)).use([])
+            vars(self.denoiser).pop(_ATTRIBUTE, None)
+            return
+        vars(self.denoiser)[_ATTRIBUTE] = self.adapters
+        self.adapters.become(self.state)
+        for name, tensors in self.numbers.items():
+            self.adapters.write(name, tensors)
 
 
 def make_adapter(

@@ -4,21 +4,25 @@ What this package writes stands in sections between HTML comments, which a page 
 changed inside them: what people write around them stays, and a card without them is theirs altogether.
 """
 
+import json
 import re
+from bisect import bisect
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .config import SoftREPAConfig
+from .hub_ids import hub_id as hub_id
+from .quoting import in_markdown, one_line
 
 _UNKNOWN_BASE = "the/base-model"
-_METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
-_SECTION = re.compile(r"<!-- softrepa:(\w+) [^>]*-->\n.*?<!-- /softrepa:\1 -->", re.DOTALL)
+_MAX_METADATA, _MAX_DEPTH = 1 << 18, 32
+_METADATA = re.compile(rf"\A---\r?\n(.{{0,{_MAX_METADATA}}}?)\r?\n---(?:\r?\n|\Z)", re.DOTALL)
+_MARKER = re.compile(r"<!-- (?:softrepa:(\w{1,64}) [^<>]{0,400}-->(?=\r?\n)|/softrepa:(\w{1,64}) -->)")
+_PICTURE = re.compile(r"!\[[^\[\]]{0,1000}\]\(([^()\s]{1,1000})\)")
 
 _ADAPTER = """# SoftREPA adapter{for_base}
 
@@ -66,23 +70,28 @@ def model_card(
         "tags": ["softrepa", "diffusers", "text-to-image", "adapter", config.family],
     }
     rows = {
-        "family": config.family,
+        "family": in_markdown(config.family),
         "tokens per layer": config.num_tokens,
         "layers": config.num_layers,
-        "stages": ", ".join(config.stages) if config.stages else None,
+        "stages": in_markdown(", ".join(config.stages)) if config.stages else None,
         "timestep bins": config.num_timestep_bins,
         "width": config.token_dim,
     }
-    file = f', weight_name="{weight_name}"' if weight_name else ""
+    file = f", weight_name={_in_code(weight_name)}" if weight_name else ""
     text = _ADAPTER.format(
         for_base=f" for {base}" if base else "",
-        family=config.family,
+        family=in_markdown(config.family),
         count=config.num_parameters,
         base=base or _UNKNOWN_BASE,
-        source=f'"{repo_id}"{file}',
+        source=f"{_in_code(repo_id)}{file}",
         settings="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
     )
     return ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{section('adapter', text)}\n")
+
+
+def _in_code(text: str) -> str:
+    """Returns a text as a string of the example's code, which no text can end."""
+    return json.dumps(one_line(text, 300), ensure_ascii=False).replace("`", "\\u0060").replace("<", "\\u003c")
 
 
 def section(name: str, text: str) -> str:
@@ -105,32 +114,91 @@ def refreshed(existing: str, fresh: str) -> str:
             Its metadata replace those of the same key, lists are joined, results replace those of the same
             metric on the same data, examples of the gallery those of the same picture, further keys stay.
     """
-    if _SECTION.search(existing) is None:
+    if not _sections(existing):
         return existing
     text = _with_metadata(existing, fresh)
-    for found in _SECTION.finditer(fresh):
-        present = {old.group(1): old for old in _SECTION.finditer(text)}
-        last = max(old.end() for old in present.values())
-        start, end, gap = last, last, "\n\n"
-        if found.group(1) in present:
-            (start, end), gap = present[found.group(1)].span(), ""
-        text = text[:start] + gap + found.group(0) + text[end:]
+    for name, first, last in _sections(fresh):
+        present = {old: (start, end) for old, start, end in _sections(text)}
+        written = fresh[first:last]
+        if name in present:
+            start, end = present[name]
+            text = text[:start] + written + text[end:]
+        else:
+            end = max(end for _, end in present.values())
+            text = f"{text[:end]}\n\n{written}{text[end:]}"
     return text
 
 
 def words_by_hand(card: str) -> str:
     """Returns what people wrote in a card: its text without metadata and sections."""
-    return _SECTION.sub("", _METADATA.sub("", card)).strip()
+    parts, done = [], 0
+    for _, start, end in _sections(card):
+        parts.append(card[done:start])
+        done = end
+    return _METADATA.sub("", "".join([*parts, card[done:]])).strip()
+
+
+def metadata_of(card: str) -> dict[str, Any]:
+    """Returns the metadata of a card; an empty mapping if they are no plain YAML mapping of moderate size."""
+    block = _METADATA.match(card)
+    try:
+        found = yaml.load(block[1], _PlainLoader) if block else None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError):  # dates that are none, keys that cannot be
+        return {}
+    return found if isinstance(found, dict) and all(isinstance(key, str) for key in found) else {}
+
+
+def _sections(text: str) -> list[tuple[str, int, int]]:
+    """Returns the name, start and end of each section, in time proportional to the text."""
+    markers = list(_MARKER.finditer(text))
+    ends: dict[str, list[int]] = {}
+    for marker in markers:
+        if marker[2]:
+            ends.setdefault(marker[2], []).append(marker.end())
+    found: list[tuple[str, int, int]] = []
+    for marker in markers:
+        if marker[1] and (not found or marker.start() >= found[-1][2]):
+            closing = ends.get(marker[1], [])
+            place = bisect(closing, marker.end())
+            if place < len(closing):
+                found.append((marker[1], marker.start(), closing[place]))
+    return found
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, which let a few bytes stand for any amount, and of limited depth."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.YAMLError("it is nested too deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def _with_metadata(existing: str, fresh: str) -> str:
-    """Returns the existing card with its metadata brought up to date; as it is if they are no YAML mapping."""
-    try:
-        card = ModelCard(existing, ignore_metadata_errors=True)
-        new = ModelCard(fresh, ignore_metadata_errors=True)
-    except (yaml.YAMLError, ValueError):
+    """Returns the existing card with its metadata brought up to date; as it is if they are no plain YAML mapping."""
+    block = _METADATA.match(existing)
+    if existing.startswith("---") and not (block and metadata_of(existing)):
         return existing
-    before = card.data.to_dict()
+    head, text = (existing[: block.end()], existing[block.end() :]) if block else ("", existing)
+    try:
+        card = ModelCard(head, ignore_metadata_errors=True)
+        new = ModelCard(fresh, ignore_metadata_errors=True)
+        before = card.data.to_dict()
+        _update(card, new)
+        return existing if card.data.to_dict() == before else str(card) + text
+    except Exception:  # people write anything into metadata, and huggingface_hub takes most of it on trust
+        return existing
+
+
+def _update(card: ModelCard, new: ModelCard) -> None:
+    """Brings the metadata of a card up to those of another: lists are joined, other values replaced."""
     for key, value in vars(new.data).items():
         old = card.data.get(key)
         if isinstance(value, list) and isinstance(old, list):
@@ -140,7 +208,6 @@ def _with_metadata(existing: str, fresh: str) -> str:
             value = [*kept, *(entry for entry in value if entry not in kept)]
         if value is not None:
             card.data[key] = value
-    return existing if card.data.to_dict() == before else str(card)
 
 
 def _measured(result: EvalResult) -> tuple[object, str]:
@@ -150,37 +217,26 @@ def _measured(result: EvalResult) -> tuple[object, str]:
 
 def _pictured(example: Any) -> Any:
     """Returns the file that an example of the gallery shows."""
-    return example.get("output", {}).get("url") if isinstance(example, dict) else example
+    output = example.get("output") if isinstance(example, dict) else None
+    return output.get("url") if isinstance(output, dict) else example
 
 
 def pictures_of(card: str) -> list[str]:
     """Returns the files beside a card that it shows: pictures in its text, and those of its gallery."""
-    named = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card)
-    try:
-        gallery = ModelCard(card, ignore_metadata_errors=True).data.get("widget") or []
-    except (yaml.YAMLError, ValueError):
-        gallery = []
-    named += [found for example in gallery if isinstance(found := _pictured(example), str)]
-    return list(dict.fromkeys(name for name in named if _is_beside(name)))
+    named = _PICTURE.findall(_METADATA.sub("", card))
+    gallery = metadata_of(card).get("widget")
+    named += [_pictured(example) for example in gallery] if isinstance(gallery, list) else []
+    beside = [name for name in named if isinstance(name, str) and _is_beside(name)]
+    return list(dict.fromkeys(str(PurePosixPath(name)) for name in beside))
 
 
 def _is_beside(name: str) -> bool:
     """Whether it is a picture in the card's own folder, and no address or path to elsewhere."""
     path = PurePosixPath(name)
-    inside = not path.is_absolute() and ":" not in name and not {"..", "."} & set(path.parts)
+    odd = any(sign in name for sign in ":\\%?#") or not name.isprintable() or len(name) > 255
+    inside = not path.is_absolute() and not odd and not any(part.startswith(".") for part in path.parts)
     return inside and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 # What makes an entry of a list another version of the same thing.
 _IDENTITIES: dict[str, Callable[[Any], Any]] = {"eval_results": _measured, "widget": _pictured}
-
-
-def hub_id(name: str | None) -> str | None:
-    """Returns `name` if it is a repository's and no path; the Hub refuses cards whose base model is neither."""
-    if name is None or name.count("/") != 1 or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name

@@ -6,23 +6,32 @@ the file's own metadata counts. Pickles are refused: see `convert`.
 """
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .card import model_card, refreshed
-from .config import SoftREPAConfig
-from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch
+from .config import MAX_CONFIG_BYTES, SoftREPAConfig
+from .files import UnreadableJSON, parse_json, write_whole
+from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, is_missing, located, may_be_fetched_again
+from .other_adapters import other_kind
+from .quoting import one_line, quoted
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "softrepa_config"
+LARGEST = torch.finfo(torch.float32).max ** 0.5  # whose square float32 still holds
 
+_OURS = ("tokens", "timestep_tokens")
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _PICKLE_HEADS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))  # torch's, plain ones
 
@@ -47,14 +56,29 @@ def load_checkpoint(
         OSError: Nothing is there: no such file, repository, revision, permission or connection.
     """
     if isinstance(source, Mapping):
+        _refuse_other_kind(source, "the state dict")
         if config is None:
             raise ValueError("a state dict carries no config; pass config=SoftREPAConfig.for_denoiser(...) with it")
         return config, checked_tensors(source, config, "the state dict")
-    source, options = os.fspath(source), options or HubOptions()
+    source, options = located(os.fspath(source), options or HubOptions())
     path = _locate(source, options)
+    try:
+        return _loaded(path, source, config, options)
+    except ValueError as error:
+        if not may_be_fetched_again(path, source, options):
+            raise
+        logger.warning("the cached file is damaged and is fetched again: %s", error)
+    path.unlink(missing_ok=True)  # the client leaves a file in its place that is no link of its own
+    options = replace(options, force_download=True)
+    return _loaded(_locate(source, options), source, config, options)
+
+
+def _loaded(
+    path: Path, source: str, config: SoftREPAConfig | None, options: HubOptions
+) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
     tensors, metadata = _read(path)
     config = config or _config_of(path, metadata, source, options)
-    return config, checked_tensors(tensors, config, str(path))
+    return config, checked_tensors(tensors, config, one_line(path))
 
 
 def save_checkpoint(
@@ -84,11 +108,12 @@ def save_checkpoint(
         raise ValueError(f"weight_name must be a plain file name that ends in .safetensors, but is {weight_name!r}")
     kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     checked_tensors(kept, config, "the adapter to save")
+    config = replace(config)  # checked again: fields may have been assigned to since it was made
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     metadata = {"format": "pt", METADATA_KEY: text, "modelspec.architecture": f"{config.family}/softrepa"}
-    _write_whole(directory / weight_name, _with_sorted_header(save(kept, metadata=metadata)))
-    _write_whole(directory / CONFIG_NAME, f"{text}\n".encode())
+    write_whole(directory / weight_name, _with_sorted_header(save(kept, metadata=metadata)))
+    write_whole(directory / CONFIG_NAME, f"{text}\n".encode())
     unusual = None if weight_name == WEIGHTS_NAME else weight_name
     card = model_card(config, UNKNOWN_REPO, weight_name=unusual, license=license)
     write_card(directory, str(card))
@@ -102,7 +127,7 @@ def write_card(directory: Path, fresh: str) -> None:
     text = fresh if existing is None else refreshed(existing.decode(errors="surrogateescape"), fresh)
     content = text.encode(errors="surrogateescape")
     if content != existing:
-        _write_whole(path, content)
+        write_whole(path, content)
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], config: SoftREPAConfig, where: str) -> dict[str, Tensor]:
@@ -112,11 +137,11 @@ def checked_tensors(tensors: Mapping[str, Tensor], config: SoftREPAConfig, where
         ValueError: They are not; the message says `where`.
         TypeError: They are no tensors.
     """
-    missing, extra = sorted(set(config.shapes) - set(tensors)), sorted(set(tensors) - set(config.shapes))
+    missing, extra = sorted(set(config.shapes) - set(tensors)), sorted(map(str, set(tensors) - set(config.shapes)))
     if missing or extra:
         raise ValueError(
-            f"{where} must hold exactly the tensors {sorted(config.shapes)}: missing {missing}, unexpected {extra}; "
-            "it belongs to another config or another method"
+            f"{where} must hold exactly the tensors {sorted(config.shapes)}: missing {missing}, unexpected "
+            f"{quoted(extra, 200)}; it belongs to another config or another method"
         )
     for name, shape in config.shapes.items():
         tensor = tensors[name]
@@ -125,14 +150,30 @@ def checked_tensors(tensors: Mapping[str, Tensor], config: SoftREPAConfig, where
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise ValueError(
                 f"{name} in {where} must be floating point of shape {shape}, but is {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}; the config and the tensors do not belong together"
+                f"{quoted(tuple(tensor.shape))}; the config and the tensors do not belong together"
             )
-        bad = int((~torch.isfinite(tensor.to(torch.float32))).sum())  # as it will be used
-        if bad:
-            raise ValueError(
-                f"{name} in {where} must be finite, but holds {bad} NaN or infinite values; train it anew"
-            )
+        _check_values(name, tensor, where)
     return dict(tensors)
+
+
+def _check_values(name: str, tensor: Tensor, where: str) -> None:
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} in {where} must hold its numbers one by one, but is {tensor.layout} on {tensor.device}"
+        )
+    try:
+        values = tensor.detach().to(torch.float32)  # as it will be used
+    except (RuntimeError, TypeError) as error:  # a type that torch names but cannot turn into numbers
+        raise ValueError(f"{name} in {where} must be numbers, but {tensor.dtype} cannot be read as such") from error
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{name} in {where} must be finite, but holds {bad} NaN or infinite values; train it anew")
+    largest = float(values.abs().max())
+    if largest > LARGEST:
+        raise ValueError(
+            f"{name} in {where} holds the value {largest:.3g}, but a denoiser's norms square what they read, so that "
+            f"beyond {LARGEST:.3g} the result is infinite; train it anew"
+        )
 
 
 def _locate(source: str, options: HubOptions) -> Path:
@@ -140,16 +181,46 @@ def _locate(source: str, options: HubOptions) -> Path:
     name = options.weight_name or WEIGHTS_NAME
     _refuse_pickle(Path(name))
     path = Path(source)
-    if path.is_dir():
-        path = path / (options.subfolder or "") / name
-        if not path.is_file():
-            raise OSError(f"there is no {name} in {path.parent}; give weight_name= if the file has another name")
-        return path
-    if path.is_file():
-        return path
-    if path.suffix == ".safetensors" or source.startswith((".", "/", "~")):
-        raise OSError(f"there is no file or folder {source}; check the path")
+    try:
+        if path.is_dir():
+            path = path / (options.subfolder or "") / name
+            if not path.is_file():
+                raise OSError(_missing_in(path.parent, name))
+            return path
+        if path.is_file():
+            return path
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{quoted(source)} cannot be read here: {error.strerror}; check the path") from error
+    if path.suffix == ".safetensors" or source.startswith((".", "/", "~", "\\")):
+        raise OSError(f"there is no file or folder {one_line(source)}; check the path{_split_hint(path)}")
     return fetch(source, name, options)
+
+
+def _missing_in(folder: Path, name: str) -> str:
+    """Returns the sentence for a folder without the file, with what it holds instead where that can be told."""
+    files = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    kind = other_kind(files=files)
+    advice = f"the folder holds {kind}" if kind else "give weight_name= if the file has another name"
+    return f"there is no {one_line(name)} in {one_line(folder)}; {advice}"
+
+
+def _split_hint(path: Path) -> str:
+    """Returns what to write if a path that is not here is meant as a file of a Hub repository."""
+    user, name, *folder = path.parts[:-1] if not path.is_absolute() and len(path.parts) > 2 else ("", "")
+    if not user or user.startswith((".", "~")):
+        return ""
+    beside = f", subfolder={'/'.join(folder)!r}" if folder else ""
+    return f", or for a file of a Hub repository write {user + '/' + name!r}, weight_name={path.name!r}{beside}"
+
+
+def _refuse_other_kind(names: Iterable[object], where: str) -> None:
+    """Raises for a LoRA and other adapters of diffusers, by the names of their tensors."""
+    names = list(names)
+    kind = other_kind(tensors=names) if "tokens" not in names else None
+    if kind:
+        raise ValueError(f"{where} holds no soft tokens: it is {kind}")
 
 
 def _refuse_pickle(path: Path, head: bytes = b"") -> None:
@@ -164,30 +235,46 @@ def _refuse_pickle(path: Path, head: bytes = b"") -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a safetensors file."""
     _refuse_pickle(path)
+    where = one_line(path)
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        _refuse_pickle(path, path.read_bytes()[:4])
-        raise ValueError(f"{path} is no complete safetensors file ({error}); download or save it again") from error
+            names = list(file.keys())
+            # Tensors of other names are refused by name, so that their numbers need not be read.
+            tensors = {name: file.get_tensor(name) if name in _OURS else torch.empty(0) for name in names}
+            metadata = file.metadata() or {}
+    except OSError:
+        raise
+    except Exception as error:  # a header that lies makes the reader raise almost anything
+        with path.open("rb") as content:
+            _refuse_pickle(path, content.read(4))
+        raise ValueError(
+            f"{where} is no complete safetensors file ({one_line(error, 120)}); download or save it again"
+        ) from error
+    _refuse_other_kind(names, where)
+    return tensors, metadata
 
 
 def _config_of(path: Path, metadata: Mapping[str, str], source: str, options: HubOptions) -> SoftREPAConfig:
     """Returns the config in the file's metadata or, where it has none, in the JSON file beside it."""
-    where, text = str(path), metadata.get(METADATA_KEY)
+    where, text = one_line(path), metadata.get(METADATA_KEY)
+    content: str | bytes = text or b""
     if text is None:
         beside = _config_beside(path, source, options)
-        where, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
+        where = one_line(beside)
+        with beside.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(content, "it", max_bytes=MAX_CONFIG_BYTES)
+    except UnreadableJSON as error:
         raise ValueError(f"the adapter config in {where} is not JSON ({error}); save the adapter again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"the adapter config in {where} must be a JSON object, but is {text:.40}; save it again")
+        raise ValueError(
+            f"the adapter config in {where} must be a JSON object, but is {quoted(values)}; save it again"
+        )
     try:
         return SoftREPAConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} holds no SoftREPA config: {error}") from error
+        raise ValueError(f"{where} holds no SoftREPA config: {one_line(error, 400)}") from error
 
 
 def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
@@ -200,9 +287,11 @@ def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
             return path.with_name(CONFIG_NAME)
         raise OSError(f"there is no {path.with_name(CONFIG_NAME)}")
     except OSError as error:
+        if not is_missing(error) and error.__cause__ is not None:  # it may be there, but could not be had
+            raise
         raise ValueError(
-            f"{path} carries no SoftREPA config in its metadata and has no {CONFIG_NAME} beside it; if it is a "
-            "SoftREPA adapter, pass config=SoftREPAConfig.for_denoiser(...)"
+            f"{one_line(path)} carries no SoftREPA config in its metadata and has no {CONFIG_NAME} beside it; if it "
+            "is a SoftREPA adapter, pass config=SoftREPAConfig.for_denoiser(...)"
         ) from error
 
 
@@ -215,13 +304,3 @@ def _with_sorted_header(content: bytes) -> bytes:
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[end:]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears complete or not at all, readable for whom the folder's owner allows."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

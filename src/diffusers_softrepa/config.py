@@ -4,6 +4,7 @@ With K tokens for each of L layers, B timestep bins and width D an adapter holds
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
@@ -12,10 +13,25 @@ from peft import PeftConfig
 from torch import nn
 
 from .families import FamilySpec, family_of, text_blocks
+from .files import UnreadableJSON, read_json
+from .hub_ids import hub_id
+from .quoting import quoted
 
 PEFT_TYPE = "SOFTREPA"
 
 Init = Literal["normal", "text"]
+
+MAX_CONFIG_BYTES = 1 << 20
+_MOST = {
+    "token_dim": 1 << 20,
+    "num_tokens": 1 << 16,
+    "num_layers": 1 << 12,
+    "num_banks": 1 << 8,
+    "num_timestep_bins": 1 << 16,
+}
+_LONGEST = {"family": 100, "base_model_name_or_path": 4096, "revision": 255, "task_type": 100, "peft_version": 100}
+_MOST_NUMBERS = 1 << 32
+_MOST_STD = 1e6
 
 
 @dataclass
@@ -51,25 +67,36 @@ class SoftREPAConfig(PeftConfig):
     num_banks: int = 1
     init: Init = "normal"
     init_std: float = 0.02
+    peft_version: str | None = None  # a field of PEFT's own since 0.18, which older ones read as well
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.peft_type != PEFT_TYPE:
-            raise ValueError(f"a SoftREPA config needs peft_type {PEFT_TYPE!r}, but it is {self.peft_type!r}")
+            raise ValueError(f"a SoftREPA config needs peft_type {PEFT_TYPE!r}, but it is {quoted(self.peft_type)}")
         if not self.family:
             raise ValueError("a SoftREPA config needs a family; make it with SoftREPAConfig.for_denoiser(denoiser)")
-        if self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {get_args(Init)}, but it is {self.init!r}")
-        for name in ("token_dim", "num_tokens", "num_layers", "num_banks"):
-            _check_count(name, getattr(self, name))
-        if self.num_timestep_bins is not None:
-            _check_count("num_timestep_bins", self.num_timestep_bins)
+        if isinstance(self.base_model_name_or_path, os.PathLike):
+            self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
+        for name, longest in _LONGEST.items():
+            _check_text(name, getattr(self, name), longest)
+        super().__post_init__()
+        if not isinstance(self.inference_mode, bool):
+            raise ValueError(f"inference_mode must be true or false, but it is {quoted(self.inference_mode)}")
+        _check_mapping("auto_mapping", self.auto_mapping)
+        if not isinstance(self.init, str) or self.init not in get_args(Init):
+            raise ValueError(f"init must be one of {get_args(Init)}, but it is {quoted(self.init)}")
+        for name, most in _MOST.items():
+            if name != "num_timestep_bins" or self.num_timestep_bins is not None:
+                _check_count(name, getattr(self, name), most)
+        if self.num_parameters > _MOST_NUMBERS:
+            raise ValueError(
+                f"an adapter may hold {_MOST_NUMBERS:,} numbers, but this config asks for {self.num_parameters:,}"
+            )
         if self.stages is not None:
-            if isinstance(self.stages, str) or not all(isinstance(stage, str) for stage in self.stages):
-                raise ValueError(f"stages must be a list of names, such as ['down', 'mid'], but is {self.stages!r}")
-            self.stages = list(self.stages)
-        if not (isinstance(self.init_std, int | float) and math.isfinite(self.init_std) and self.init_std > 0):
-            raise ValueError(f"init_std must be a positive number, but it is {self.init_std!r}")
+            self.stages = _checked_stages(self.stages)
+        if not _is_number(self.init_std) or not 0 < self.init_std <= _MOST_STD:
+            raise ValueError(
+                f"init_std must be a positive number of at most {_MOST_STD:g}, but it is {quoted(self.init_std)}"
+            )
 
     @classmethod
     def for_denoiser(
@@ -112,18 +139,39 @@ class SoftREPAConfig(PeftConfig):
         Raises:
             ValueError: It belongs to another method, or holds a field that this version does not know.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a SoftREPA config must be a JSON object, but is {quoted(values)}")
         if values.get("peft_type") != PEFT_TYPE:
             raise ValueError(
                 f"a SoftREPA adapter has peft_type {PEFT_TYPE!r} in its config, but this one has "
-                f"{values.get('peft_type')!r}; load it with the library that wrote it"
+                f"{quoted(values.get('peft_type'))}; load it with the library that wrote it"
             )
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(
-                f"the adapter config holds fields that this version does not know: {unknown}; "
+                f"the adapter config holds fields that this version does not know: {quoted(unknown, 200)}; "
                 "upgrade diffusers-softrepa, or remove them if they were added by hand"
             )
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as it is written into files.
+
+        A base that was loaded from a folder is left out: its path means nothing elsewhere, and is nobody's business.
+        """
+        return {**super().to_dict(), "base_model_name_or_path": hub_id(self.base_model_name_or_path)}
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's hook of `from_pretrained`: reads strictly.
+
+        Raises:
+            UnreadableJSON: The file holds no JSON object, or one beyond any config's size.
+        """
+        found = read_json(path_json_file, max_bytes=MAX_CONFIG_BYTES)
+        if not isinstance(found, dict):
+            raise UnreadableJSON(f"{path_json_file} must be a JSON object, but is {quoted(found)}")
+        return found
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> "SoftREPAConfig":
@@ -158,7 +206,7 @@ def layers_of(denoiser: nn.Module, config: SoftREPAConfig) -> dict[str, int]:
     kind = type(denoiser).__name__
     if config.family != spec.name:
         raise ValueError(
-            f"the adapter was made for family {config.family!r}, but {kind} is of family {spec.name!r}; "
+            f"the adapter was made for family {quoted(config.family)}, but {kind} is of family {spec.name!r}; "
             "load it into a pipeline of its own family"
         )
     width = spec.width(_settings(denoiser))
@@ -172,7 +220,9 @@ def layers_of(denoiser: nn.Module, config: SoftREPAConfig) -> dict[str, int]:
 
 def _numbered_layers(denoiser: nn.Module, config: SoftREPAConfig, spec: FamilySpec) -> dict[str, int]:
     if config.stages is not None:
-        raise ValueError(f"family {spec.name!r} has numbered layers, not stages; give num_layers, not {config.stages}")
+        raise ValueError(
+            f"family {spec.name!r} has numbered layers, not stages; give num_layers, not {quoted(config.stages)}"
+        )
     paths = [block.path for block in text_blocks(denoiser, spec)]
     if config.num_layers > len(paths):
         raise ValueError(
@@ -187,7 +237,7 @@ def _stage_layers(denoiser: nn.Module, config: SoftREPAConfig, spec: FamilySpec)
         raise ValueError(f"the stages of family {spec.name!r} share one layer of tokens, not {config.num_layers}")
     chosen = config.stages or []
     if not chosen or not set(chosen) <= set(spec.stages):
-        raise ValueError(f"stages must name some of {spec.stages}, but they are {config.stages}")
+        raise ValueError(f"stages must name some of {spec.stages}, but they are {quoted(config.stages)}")
     blocks = text_blocks(denoiser, spec)
     silent = set(chosen) - {block.group.stage for block in blocks}
     if silent:
@@ -201,6 +251,38 @@ def _settings(denoiser: nn.Module) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], denoiser.config)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, but it is {value!r}")
+def _check_count(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} must be a whole number of at least 1 and at most {most}, but it is {quoted(value)}")
+
+
+def _check_text(name: str, value: Any, longest: int) -> None:
+    if value is None and name != "family":
+        return
+    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
+        raise ValueError(f"{name} must be a text of at most {longest} printable characters, but it is {quoted(value)}")
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    fits = value is None or (
+        isinstance(value, dict)
+        and len(value) <= 16
+        and all(isinstance(key, str) and isinstance(entry, str | None) for key, entry in value.items())
+        and all(len(text) <= 255 for pair in value.items() for text in pair if text is not None)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be a small object of texts or null, but it is {quoted(value)}")
+
+
+def _checked_stages(stages: Any) -> list[str]:
+    names = isinstance(stages, list | tuple) and len(stages) <= 16 and all(isinstance(one, str) for one in stages)
+    if not names or not all(len(one) <= 100 for one in stages):
+        raise ValueError(f"stages must be a list of names, such as ['down', 'mid'], but is {quoted(stages)}")
+    return list(stages)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that float64 holds; a whole number of JSON may have any number of digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= 1e300

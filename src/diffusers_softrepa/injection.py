@@ -11,6 +11,10 @@ What a call hands to a block is kept per thread and put back when the call ends.
 runs again in the backward pass, when another timestep may be current; there the tokens are inserted before the block
 is checkpointed, so that they are among the inputs that are kept for it.
 
+A call is all old or all new. It reads what is to be done once, when it begins, with the numbers of all tokens; what is
+changed later is for later calls. Wrappers go on before anything needs them, and come off when neither the sources of
+now nor a call that still runs needs them.
+
 Weights. Let f(S) be a block's output with the tokens of the adapters in S. Its output for weights w_1 >= ... >= w_n is
 the Choquet integral (Lovasz extension) of f,
 
@@ -23,9 +27,11 @@ weights 0 and 1 a block runs once, in between once more for each distinct weight
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +54,12 @@ class Source:
     Attributes:
         tokens: The table.
         layers: Which layer of it each block reads, by block path.
-        weight: Factor of their effect.
+        weights: Factor of their effect in each of these blocks, by block path.
     """
 
     tokens: SoftTokens
     layers: Mapping[str, int]
-    weight: float = 1.0
+    weights: Mapping[str, float]
 
 
 class _ThreadSlot(threading.local):
@@ -106,15 +112,54 @@ class _Site:
             self.set(self.wraps[""].kind)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What denoiser calls do from one change of the sources to the next.
+
+    Attributes:
+        sources: Whose tokens take part.
+        plans: What each block does that gets any.
+        kinds: Kind of work of every block that tokens can go to, by path; None for those that run as they are.
+    """
+
+    sources: tuple[Source, ...] = ()
+    plans: tuple[tuple[_Site, Plan], ...] = ()
+    kinds: Mapping[str, Hashable] = field(default_factory=dict)
+
+
+class _Call:
+    """A call that runs, of the denoiser or of a block in the backward pass: the wrappers that it began with stay on.
+
+    Attributes:
+        kinds: Kinds of work of the blocks, by path.
+    """
+
+    def __init__(self, kinds: Mapping[str, Hashable]) -> None:
+        self.kinds = kinds
+
+
+class _Calls:
+    """The calls that run now, and the lock under which they begin and end; a copy starts with none.
+
+    They are held weakly: one that was interrupted before it could say that it ends does not count for long.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.running: WeakSet[_Call] = WeakSet()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (_Calls, ())
+
+
 class Injector:
     """Gives the text blocks of one denoiser the tokens of any number of sources.
 
     Args:
-        denoiser: The frozen model. It is wrapped while there are sources, and exactly as it was while there are none.
+        denoiser: The frozen model. It is wrapped while there are sources, or calls that began with some, and exactly
+            as it was otherwise.
         spec: Its family.
     """
-
-    _LOCK = threading.Lock()
 
     def __init__(self, denoiser: nn.Module, spec: FamilySpec) -> None:
         self._denoiser = denoiser
@@ -123,32 +168,87 @@ class Injector:
         self._positions = positions_of(denoiser)
         self._sites = {b.path: _Site.of(uncompiled(b.module), b.group) for b in text_blocks(denoiser, spec)}
         self._denoiser_wrap = Wrap(denoiser, _run_denoiser, self)
-        # One tuple, so that a call in another thread sees all of the old or all of the new.
-        self._work: tuple[tuple[Source, ...], tuple[tuple[_Site, Plan], ...]] = ((), ())
+        self._work = _Work()
+        self._calls = _Calls()
         self._bank = _ThreadSlot()
-        self._checkpointing = _Checkpointing(denoiser, {site.block: site for site in self._sites.values()})
+        self.checkpointing = _Checkpointing(
+            self, denoiser, {site.block: (path, site) for path, site in self._sites.items()}
+        )
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, spec: FamilySpec) -> "Injector":
+        """Returns the injector at work on a denoiser, if only for calls that still run, or a new one."""
+        injector, _ = wrapped_by(denoiser)
+        return cls(denoiser, spec) if injector is None else injector
 
     def use(self, sources: Sequence[Source]) -> None:
-        """Makes `sources` the tokens of all denoiser calls from now on; those of weight 0 count as absent."""
-        sources = tuple(source for source in sources if source.weight != 0)
+        """Makes `sources` the tokens of all denoiser calls that begin from now on; weight 0 counts as absent.
+
+        Interrupted anywhere, a further call ends in what that one was asked for.
+        """
+        sources = tuple(source for source in sources if any(source.weights.values()))
         plans = {path: _plan(path, sources) for path in self._sites}
         kinds = {path: _kind(plan) for path, plan in plans.items()}
-        self._work = (sources, tuple((self._sites[path], plan) for path, plan in plans.items() if kinds[path]))
-        for path, site in self._sites.items():
-            site.set(kinds[path])
-        self._denoiser_wrap.set(tuple(kinds.values()) if sources else None)
+        work = _Work(sources, tuple((self._sites[path], plan) for path, plan in plans.items() if kinds[path]), kinds)
+        with self._calls.lock:
+            self._settle(work.kinds, self._work.kinds)
+            self._work = work
+            self._settle(work.kinds)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps calls from beginning while the numbers of tokens are replaced."""
+        with self._calls.lock:
+            yield
 
     def use_bank(self, bank: Tensor | int) -> None:
         """Chooses the bank, `(batch,)` or one for all, that calls of this thread read; 0 unless set."""
         self._bank.value = bank
 
-    def _terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[_Site, Terms]]:
+    def begin(self, call: _Call) -> None:
+        """Registers a call that runs, and puts on the wrappers that it needs and does not find."""
+        with self._calls.lock:
+            self._calls.running.add(call)
+            if any(kind and self._sites[path].wraps[""].kind is None for path, kind in call.kinds.items()):
+                self._settle(self._work.kinds)
+
+    def end(self, call: _Call) -> None:
+        """Ends a call; the wrappers that nothing else needs come off."""
+        with self._calls.lock:
+            self._calls.running.discard(call)
+            if any(kind and not self._work.kinds.get(path) for path, kind in call.kinds.items()):
+                self._settle(self._work.kinds)
+
+    def begin_denoiser(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, list[tuple[_Site, Terms]]]:
+        """Registers a denoiser call; returns it with what each site does in it."""
+        with self._calls.lock:
+            call = _Call(self._work.kinds)
+            terms = self.terms_of_call(args, kwargs)
+            self._calls.running.add(call)
+        return call, terms
+
+    def _settle(self, *needs: Mapping[str, Hashable]) -> None:
+        """Wraps what is needed, for the first kind of work that is, and nothing else."""
+        held = [*needs, *(call.kinds for call in self._calls.running)]
+        kinds = {path: next(filter(None, (need.get(path) for need in held)), None) for path in self._sites}
+        on = any(kinds.values())
+        if on:
+            self._denoiser_wrap.set(tuple(kinds.values()))
+        for path, site in self._sites.items():
+            site.set(kinds[path])
+        if not on:
+            self._denoiser_wrap.set(None)
+
+    def terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[_Site, Terms]]:
         """Returns what each site does in the denoiser call with these arguments."""
-        sources, work = self._work
+        sources, work = self._work.sources, self._work.plans
+        if not sources:
+            return []
         arguments = bound(self._positions, args, kwargs)
         self._check_call(arguments, timed=any((source.tokens.num_bins or 1) > 1 for source in sources))
         if any(site.group.level == "kv" for site, _ in work) and not torch.compiler.is_compiling():
-            self._follow()
+            for site in self._sites.values():
+                site.follow()
         timestep = torch.as_tensor(arguments[self._timestep.arg], device=_device_of(arguments))
         level = self._timestep.level(timestep)  # (batch,) or (1,)
         bank = 0 if self._bank.value is None else self._bank.value
@@ -165,16 +265,13 @@ class Injector:
             if hindrance is not None:
                 raise ValueError(hindrance)
 
-    def _follow(self) -> None:
-        with self._LOCK:
-            for site in self._sites.values():
-                site.follow()
-
 
 def _plan(path: str, sources: Sequence[Source]) -> Plan:
     """Returns the Choquet terms of one block, those with factor zero left out."""
     here = [
-        (source.weight, (index, source.layers[path])) for index, source in enumerate(sources) if path in source.layers
+        (source.weights[path], (index, layer))
+        for index, source in enumerate(sources)
+        if (layer := source.layers.get(path)) is not None
     ]
     ranked = sorted(here, key=lambda member: -member[0])
     weights = [1.0, *(weight for weight, _ in ranked), 0.0]
@@ -206,18 +303,33 @@ def _run_denoiser(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     injector, forward = wrapped_by(module)
     if injector is None:
         return forward(*args, **kwargs)
-    work = injector._terms_of_call(args, kwargs)
+    if torch.compiler.is_compiling():  # the graph holds all that the call does
+        return _run_with_terms(injector, injector.terms_of_call(args, kwargs), forward, args, kwargs)
+    call, work = injector.begin_denoiser(args, kwargs)
+    try:
+        return _run_with_terms(injector, work, forward, args, kwargs)
+    finally:
+        injector.end(call)
+
+
+def _run_with_terms(
+    injector: Injector,
+    work: list[tuple[_Site, Terms]],
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     before = [site.current.value for site, _ in work]
     for site, terms in work:
         site.current.value = terms
-    checkpointed = injector._checkpointing.enter()
+    checkpointed = injector.checkpointing.enter()
     try:
         return forward(*args, **kwargs)
     finally:
         for (site, _), terms in zip(work, before, strict=True):
             site.current.value = terms
         if checkpointed:
-            injector._checkpointing.leave()
+            injector.checkpointing.leave()
 
 
 def _run_block(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -316,14 +428,15 @@ class _Checkpointing:
     hands it a block without. The last of the calls that run at once puts it back.
 
     Args:
+        injector: What gives the denoiser its tokens.
         denoiser: The model; it checkpoints the blocks that it names to its `_gradient_checkpointing_func`.
-        sites: Its blocks that tokens can go to.
+        sites: Its blocks that tokens can go to, each with its path.
     """
 
     _LOCK = threading.Lock()
 
-    def __init__(self, denoiser: Any, sites: Mapping[nn.Module, _Site]) -> None:
-        self._denoiser, self._sites = denoiser, sites
+    def __init__(self, injector: Injector, denoiser: Any, sites: Mapping[nn.Module, tuple[str, _Site]]) -> None:
+        self._injector, self._denoiser, self._sites = injector, denoiser, sites
         self._calls = 0
         self._own: Any = None
 
@@ -353,23 +466,29 @@ class _Checkpointing:
 
     def _checkpoint(self, own: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         block = getattr(block, "__self__", block)  # PRX checkpoints the bound __call__ of its blocks
-        site = self._sites.get(uncompiled(block))
+        path, site = self._sites.get(uncompiled(block), ("", None))
         if site is None or site.current.value is None:
             return own(block, *args, **kwargs)
-        forward = _projecting(_WithoutTokens(block, site), site)
-        return _run_terms(functools.partial(own, forward), site, *args, **kwargs)
+        again = _Again(self._injector, block, site, {path: site.wraps[""].kind})
+        return _run_terms(functools.partial(own, _projecting(again, site)), site, *args, **kwargs)
 
 
-class _WithoutTokens:
-    """A block that gets its tokens from outside, now and when it runs again in the backward pass."""
+class _Again:
+    """A block that gets its tokens from outside, now and when it runs again in the backward pass.
 
-    def __init__(self, block: nn.Module, site: _Site) -> None:
-        self._block, self._site = block, site
+    Wrappers that its projections had in the forward pass are on again meanwhile, whatever was done to the adapters.
+    """
+
+    def __init__(self, injector: Injector, block: nn.Module, site: _Site, kinds: Mapping[str, Hashable]) -> None:
+        self._injector, self._block, self._site, self._kinds = injector, block, site, kinds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = _Call(self._kinds)
         before = self._site.current.value
         self._site.current.value = None
+        self._injector.begin(call)
         try:
             return self._block(*args, **kwargs)
         finally:
+            self._injector.end(call)
             self._site.current.value = before

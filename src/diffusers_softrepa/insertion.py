@@ -69,6 +69,8 @@ def insert_rows(text: Any, tokens: Tensor, *, at: int, dim: int = 1) -> Any:
         batch = text.shape[1 - dim]
         if rows.shape[0] == 1:
             rows = rows.expand(batch, -1, -1)
+        elif batch == 1:  # one text for latents that each have tokens of their own, as blocks themselves expand it
+            text = text.expand(*(rows.shape[0] if axis == 1 - dim else -1 for axis in range(text.ndim)))
         elif rows.shape[0] != batch:  # a block may see each row several times, as frames
             rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
         if dim == 0:

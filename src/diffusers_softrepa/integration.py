@@ -6,25 +6,28 @@ them but for one underscored entry of `model_index.json`, which diffusers ignore
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from . import pipeline
 from .adapter import adapters_of
+from .compat import ModularPipeline
 from .denoisers import unwrapped
+from .files import parse_json
+from .quoting import one_line, quoted
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = "softrepa"
 _INDEX_KEY = "_softrepa"
+_MAX_INDEX_BYTES, _MOST_ADAPTERS, _LARGEST_WEIGHT = 1 << 22, 256, 1e6
 
 
 def _load_softrepa(self: Any, source: Any, adapter_name: str | None = None, **kwargs: Any) -> str:
@@ -54,12 +57,12 @@ def install() -> None:
     if "load_softrepa" in vars(DiffusionPipeline):
         return
     pipelines: Any = DiffusionPipeline
-    for cls in (pipelines, ModularPipeline, ModelMixin):
+    for cls in filter(None, (pipelines, ModularPipeline, ModelMixin)):
         for name, method in _METHODS.items():
             setattr(cls, name, method)
     pipelines.save_pretrained = _saving_adapters(pipelines.save_pretrained)
-    modular: Any = ModularPipeline
-    modular.save_pretrained = _warning_of_adapters(modular.save_pretrained)
+    if ModularPipeline is not None:
+        ModularPipeline.save_pretrained = _warning_of_adapters(ModularPipeline.save_pretrained)
     pipelines.from_pretrained = classmethod(_loading_adapters(pipelines.from_pretrained.__func__))
 
 
@@ -123,29 +126,117 @@ def _state(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def _load_beside(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> None:
-    """Loads the adapters that a pipeline was saved with; a warning names those that cannot be loaded."""
-    index = _index_file(source, kwargs)
-    saved = json.loads(index.read_text(encoding="utf-8")).get(_INDEX_KEY, {}) if index is not None else {}
+    """Loads the adapters that a pipeline was saved with; a warning names those that cannot be loaded.
+
+    The pipeline itself is complete by then, so whatever is beside it never keeps it from being returned.
+    """
+    try:
+        index = _index_file(source, kwargs)
+        saved = _saved_states(index) if index is not None else {}
+    except Exception as error:  # files from elsewhere may hold anything
+        logger.warning(
+            "%s says nothing readable of its soft-token adapters and is loaded without: %s",
+            one_line(source),
+            one_line(error, 400),
+        )
+        return
+    if index is None or not saved:
+        return
     hub = {key: kwargs[key] for key in ("token", "local_files_only", "cache_dir") if key in kwargs}
-    if index is not None and not Path(source).exists():
+    if not Path(source).exists():
         hub["revision"] = index.parent.name  # the commit that the pipeline itself came from
     for component, state in saved.items():
-        denoiser, weights = vars(pipe).get(component), state["weights"]
-        loaded = [name for name in weights if _loads(denoiser, source, component, name, hub)]
-        if loaded:
-            active = {name: weights[name] for name in loaded if weights[name] is not None}
+        try:
+            _load_component(pipe, source, component, _checked_state(state), hub)
+        except Exception as error:
+            logger.warning(
+                "%s was saved with soft-token adapters for %s, which cannot be loaded: %s",
+                one_line(source),
+                quoted(component),
+                one_line(error, 400),
+            )
+
+
+def _saved_states(index: Path) -> Mapping[str, Any]:
+    """Returns what a `model_index.json` says of adapters, by component.
+
+    Raises:
+        ValueError: It says something else.
+    """
+    with index.open("rb") as file:
+        content = file.read(_MAX_INDEX_BYTES + 1)
+    if f'"{_INDEX_KEY}"'.encode() not in content:  # what else is in there is none of our business
+        return {}
+    saved = parse_json(content, one_line(index), max_bytes=_MAX_INDEX_BYTES).get(_INDEX_KEY)
+    if saved is None:
+        return {}
+    if not isinstance(saved, dict) or len(saved) > _MOST_ADAPTERS:
+        raise ValueError(f"its entry {_INDEX_KEY} must be an object of components, but is {quoted(saved)}")
+    return saved
+
+
+def _checked_state(state: Any) -> dict[str, Any]:
+    """Returns what an index says of one denoiser's adapters, as `_state` wrote it.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    weights = state.get("weights") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not isinstance(state.get("enabled"), bool) or len(weights) > _MOST_ADAPTERS:
+        raise ValueError(
+            f'it must be written as {{"enabled": true, "weights": {{"name": 1.0}}}}, but is {quoted(state)}'
+        )
+    for name, weight in weights.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) <= _LARGEST_WEIGHT
+        if weight is not None and not number:
+            raise ValueError(
+                f"the weight of {quoted(name)} must be null or a number of at most {_LARGEST_WEIGHT:g}, but is "
+                f"{quoted(weight)}"
+            )
+    return state
+
+
+def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
+    """Loads a denoiser's adapters, active as they were; if they cannot be set, it has none of them."""
+    denoiser, weights = vars(pipe).get(component), state["weights"]
+    before = {} if denoiser is None else _active(denoiser)
+    loaded = [name for name in weights if _loads(denoiser, source, component, name, hub)]
+    if not loaded:
+        return
+    try:
+        active = {name: weights[name] for name in loaded if weights[name] is not None}
+        pipeline.set_softrepa(denoiser, list(active), list(active.values()))
+        if not state["enabled"]:
+            pipeline.disable_softrepa(denoiser)
+    except Exception:
+        if before:
+            pipeline.delete_softrepa(denoiser, loaded)
+            active = {name: weight for name, weight in before.items() if weight is not None}
             pipeline.set_softrepa(denoiser, list(active), list(active.values()))
-            if not state["enabled"]:
-                pipeline.disable_softrepa(denoiser)
+        else:
+            pipeline.unload_softrepa(denoiser)
+        raise
+
+
+def _active(denoiser: Any) -> dict[str, float | None]:
+    try:
+        return pipeline.get_softrepa_adapters(denoiser)
+    except (TypeError, ValueError):  # no denoiser at all, which loading says better
+        return {}
 
 
 def _loads(denoiser: Any, source: Any, component: str, name: str, hub: Mapping[str, Any]) -> bool:
     try:
-        if denoiser is None:
-            raise ValueError(f"the pipeline has no {component}")
+        if not isinstance(denoiser, nn.Module):
+            raise ValueError(f"the pipeline has no {one_line(component, 80)}")
         pipeline.load_softrepa(denoiser, source, adapter_name=name, subfolder=_subfolder(component, name), **hub)
-    except (OSError, ValueError) as error:
-        logger.warning("%s was saved with soft-token adapter %r, which cannot be loaded: %s", source, name, error)
+    except Exception as error:
+        logger.warning(
+            "%s was saved with soft-token adapter %s, which cannot be loaded: %s",
+            one_line(source),
+            quoted(name),
+            one_line(error, 400),
+        )
         return False
     return True
 

@@ -10,8 +10,8 @@ is the verb on each of them, and in a folder each adapter lies in a subfolder of
 
 import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Adapters, adapters_of, attach, detach, make_adapter
+from .adapter import Adapter, Adapters, adapters_of, attach, changing, detach, make_adapter
 from .card import model_card
 from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
 from .denoisers import denoiser_of as denoiser_of
 from .denoisers import denoisers_of
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, is_absent, push_folder
+from .hub_ids import hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def load_softrepa(
 
     Args:
         target: A pipeline or a denoiser.
-        source: A Hub repository id, a folder, a safetensors file, or a state dict. For several denoisers: a
-            repository or folder with a subfolder for each component, or a dict of state dicts by component; those
-            that are not there get none.
+        source: A Hub repository id or a pasted address of the Hub, a folder, a safetensors file, or a state dict. For
+            several denoisers: a repository or folder with a subfolder for each component, or a dict of state dicts by
+            component; those that are not there get none.
         config: Needed with a state dict; elsewhere it replaces the stored one.
         adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
         hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
@@ -94,11 +95,13 @@ def load_softrepa(
         own_config, tensors = load_checkpoint(part, config, part_options)
         loaded[component] = make_adapter(hosts[component], own_config, tensors=tensors, trainable=is_trainable)
         _warn_of_other_base(target, own_config)
-    if hotswap:
+    with changing(hosts.values(), numbers_of=name if hotswap else None):
+        name = _free_name(_names(hosts), name if hotswap else adapter_name, taken_is_fine=hotswap)  # as of now
+        if hotswap:
+            for component, adapter in loaded.items():
+                _loaded(hosts[component]).check_swap(name, adapter.config)
         for component, adapter in loaded.items():
-            _loaded(hosts[component]).check_swap(name, adapter.config)
-    for component, adapter in loaded.items():
-        _put(hosts[component], name, adapter, hotswap=hotswap)
+            _put(hosts[component], name, adapter, hotswap=hotswap)
     return name
 
 
@@ -126,7 +129,7 @@ def add_softrepa(
         ValueError: The config does not fit the denoiser, or the name is taken.
     """
     hosts = denoisers_of(target)
-    name = _free_name(_names(hosts), adapter_name)
+    _free_name(_names(hosts), adapter_name)
     fresh = {}
     for component, denoiser in hosts.items():
         own = config or SoftREPAConfig.for_denoiser(denoiser)
@@ -135,8 +138,10 @@ def add_softrepa(
         fresh[component] = make_adapter(
             denoiser, own, text_embeddings=text_embeddings, generator=generator, trainable=True
         )
-    for component, adapter in fresh.items():
-        attach(hosts[component], name, adapter)
+    with changing(hosts.values()):
+        name = _free_name(_names(hosts), adapter_name)  # as of now
+        for component, adapter in fresh.items():
+            attach(hosts[component], name, adapter)
     return name
 
 
@@ -234,28 +239,61 @@ def set_softrepa(target: Any, names: str | Sequence[str], weights: float | Seque
     """
     chosen = [names] if isinstance(names, str) else list(names)
     each = [weights] * len(chosen) if isinstance(weights, int | float) else list(weights)
-    having = _having(target, chosen)
-    for adapters in having.values():
-        if set(chosen) <= set(adapters.names):
-            adapters.activate(chosen, each)
-        else:
-            shares = [pair for pair in zip(chosen, each, strict=True) if pair[0] in adapters.names]
-            adapters.activate([name for name, _ in shares], [weight for _, weight in shares])
-    for component, adapters in _having(target).items():
-        if component not in having:
-            adapters.activate([], [])
+    with changing(denoisers_of(target).values()):
+        having = _having(target, chosen)
+        for adapters in having.values():
+            if set(chosen) <= set(adapters.names):
+                adapters.activate(chosen, each)
+            else:
+                shares = [pair for pair in zip(chosen, each, strict=True) if pair[0] in adapters.names]
+                adapters.activate([name for name, _ in shares], [weight for _, weight in shares])
+        for component, adapters in _having(target).items():
+            if component not in having:
+                adapters.activate([], [])
 
 
 def enable_softrepa(target: Any) -> None:
     """Switches the active adapters on again after `disable_softrepa`."""
-    for adapters in _having(target).values():
-        adapters.set_enabled(True)
+    with changing(denoisers_of(target).values()):
+        for adapters in _having(target).values():
+            adapters.set_enabled(True)
 
 
 def disable_softrepa(target: Any) -> None:
     """Switches all adapters off; pictures are the base model's, bit for bit, until `enable_softrepa`."""
-    for adapters in _having(target).values():
-        adapters.set_enabled(False)
+    with changing(denoisers_of(target).values()):
+        for adapters in _having(target).values():
+            adapters.set_enabled(False)
+
+
+@contextmanager
+def softrepa_disabled(target: Any) -> Iterator[None]:
+    """Switches all adapters of `target` off while it lasts, and leaves everything else as it was.
+
+    Contexts may be nested and overlap in several threads: the adapters are off until the last one ends. A target
+    without adapters is left alone. An adapter that is loaded meanwhile into a denoiser that had none is not off.
+
+        with softrepa_disabled(pipe):
+            base = pipe("a cat").images[0]
+
+    Args:
+        target: A pipeline or a denoiser.
+    """
+    hosts = list(denoisers_of(target).values())
+    paused = []
+    with changing(hosts):
+        for denoiser in hosts:
+            adapters = adapters_of(denoiser)
+            if adapters is not None:
+                adapters.pause(1)
+                paused.append((denoiser, adapters))
+    try:
+        yield
+    finally:
+        with changing(hosts):
+            for denoiser, adapters in paused:
+                if adapters_of(denoiser) is adapters:  # or it was unloaded meanwhile
+                    adapters.pause(-1)
 
 
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
@@ -266,14 +304,17 @@ def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     hosts = denoisers_of(target)
-    for component, adapters in _having(target, names).items():
-        detach(hosts[component], [name for name in names if name in adapters.names])
+    with changing(hosts.values()):
+        for component, adapters in _having(target, names).items():
+            detach(hosts[component], [name for name in names if name in adapters.names])
 
 
 def unload_softrepa(target: Any) -> None:
     """Removes all adapters and leaves the denoiser exactly as it was before the first one."""
-    for denoiser in denoisers_of(target).values():
-        detach(denoiser)
+    hosts = denoisers_of(target)
+    with changing(hosts.values()):
+        for denoiser in hosts.values():
+            detach(denoiser)
 
 
 def get_softrepa_adapters(target: Any) -> dict[str, float | None]:
@@ -285,8 +326,9 @@ def get_softrepa_adapters(target: Any) -> dict[str, float | None]:
     for denoiser in denoisers_of(target).values():
         adapters = adapters_of(denoiser)
         if adapters is not None:
-            active = adapters.weights if adapters.enabled else {}
-            weights = {name: active.get(name) for name in adapters.names} | weights
+            state = adapters.state
+            active = state.taking_part
+            weights = {name: active.get(name) for name in state.adapters} | weights
     return weights
 
 
@@ -400,14 +442,13 @@ def _free_name(taken: Sequence[str], name: str | None, *, taken_is_fine: bool = 
 
 
 def _base_name(target: Any) -> str | None:
-    """Returns the Hub id or path that the target was loaded from; of a file in the Hub's cache, the id."""
+    """Returns the Hub id that the target was loaded from, else its path, which stays on this machine."""
     name = str(target.config.get("_name_or_path") or "")  # a Path if it was loaded from one
-    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
-    return "/".join(cached.groups()) if cached else name or None
+    return hub_id(name) or (os.path.abspath(name) if name else None)
 
 
 def _warn_of_other_base(target: Any, config: SoftREPAConfig) -> None:
     """Warns when both names are Hub ids and differ; paths may be copies of anything."""
-    names = (config.base_model_name_or_path, _base_name(target))
-    if all(name and name.count("/") == 1 and not Path(name).exists() for name in names) and names[0] != names[1]:
+    names = (hub_id(config.base_model_name_or_path), hub_id(_base_name(target)))
+    if all(names) and names[0] != names[1]:
         logger.warning("the adapter was trained on %s and is loaded into %s; alignment may not improve", *names)

@@ -46,6 +46,7 @@ def _class_forward(module: nn.Module) -> MethodType:
 
 
 _WRAP = "_softrepa_wrap"
+_RUN = "_softrepa_run"
 
 
 class Wrap:
@@ -67,25 +68,31 @@ class Wrap:
         self.around: Callable[..., Any] = _class_forward(module)
         self.module, self._run = module, run
         self.kind: Hashable = None
+        self._settled = True  # False where `set` was interrupted
 
     def set(self, kind: Hashable) -> None:
-        """Puts the wrapper on for this kind of work, or takes it off without a trace when it is None."""
-        if kind == self.kind:
-            return
+        """Puts the wrapper on for this kind of work, or takes it off without a trace when it is None.
+
+        Interrupted anywhere, a further call ends in what that one was asked for.
+        """
         own, innermost = vars(self.module), _class_forward(self.module)
+        if kind == self.kind and self._settled:
+            return
+        fresh, self._settled = self.kind is None or not self._settled, False
         own.setdefault("forward", innermost)
-        if self.kind is None:
+        if own.get(_WRAP) is not self:
             self.around = self._find_place(innermost)
             own[_WRAP] = self
-        old, new = self._forward(self.kind), self._forward(kind)
+        new = self._forward(kind)
         for holder, key in _forward_holders(self.module):
-            if holder.get(key) == old:
+            if self._is_mine(holder.get(key)) or (fresh and holder.get(key) == self.around):
                 holder[key] = new
-        if kind is None:
-            del own[_WRAP]
-        if own["forward"] == innermost:
-            del own["forward"]
         self.kind = kind
+        if own.get("forward") == innermost:
+            del own["forward"]
+        if kind is None:
+            own.pop(_WRAP, None)
+        self._settled = True
 
     def _find_place(self, innermost: MethodType) -> Callable[..., Any]:
         """Returns what to wrap: the innermost forward, beneath all hooks, or a wrapper of unknown make around it."""
@@ -98,6 +105,11 @@ class Wrap:
             return self.around
         cls: Any = type(self.module)
         return MethodType(_method(self._run, cls, kind), self.module)
+
+    def _is_mine(self, forward: Any) -> bool:
+        """Whether a forward is what this wrapper has put on the module, for whatever kind of work."""
+        method = getattr(forward, "__func__", None)
+        return vars(method).get(_RUN) is self._run if isinstance(method, FunctionType) else False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Wrap":
         copied = memo[id(self)] = object.__new__(type(self))
@@ -121,6 +133,7 @@ def _method(run: Callable[..., Any], cls: type[nn.Module], kind: Hashable) -> Fu
     code = run.__code__.replace(co_name=f"{run.__name__}_of_{cls.__name__}")
     method = FunctionType(code, run.__globals__, "forward")
     method.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    setattr(method, _RUN, run)
     return method
 
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
+from ..compat import get_module_execution_device
 from ..families import family_of
 from ..noising import Noising
 from ..pipeline import denoiser_of

@@ -34,6 +34,7 @@ class FluxConditioner(PackedConditioner):
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
         prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
             captions,
+            None,  # prompt_2: the same captions
             device=device,
             max_sequence_length=min(self.max_sequence_length, self.pipeline.tokenizer_2.model_max_length),
         )

@@ -8,7 +8,6 @@ sampling; the others (klein) are told none.
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
@@ -56,6 +55,8 @@ class Flux2Conditioner(PackedConditioner):
         return vae_pixels(vae, pipe._unpatchify_latents(patches))
 
     def _shift(self, sequence_length: int, num_inference_steps: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # since diffusers 0.36
+
         return compute_empirical_mu(sequence_length, num_inference_steps)
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:

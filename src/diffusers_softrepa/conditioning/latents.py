@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
+
+from ..compat import get_module_execution_device
 
 
 def vae_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
+from ..compat import get_module_execution_device
 from .conditions import Conditions
 from .latents import normalised
 from .layouts import PatchingConditioner

@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from ..checkpoint import checked_tensors
 from ..config import SoftREPAConfig
 from ..families.cross_attention import COSMOS
+from ..files import write_whole
+from ..quoting import one_line, quoted
 
 SplicePosition = Literal["end_of_sequence", "front_of_padding"]
 
@@ -49,12 +51,16 @@ def read_anima(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         OSError: There is no such file.
     """
     if not Path(path).is_file():
-        raise OSError(f"there is no file {os.fspath(path)}; give the soft-token file of the Anima node")
+        raise OSError(f"there is no file {one_line(os.fspath(path))}; give the soft-token file of the Anima node")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} is no complete safetensors file ({error}); download it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # a header that lies makes the reader raise almost anything
+        raise ValueError(
+            f"{one_line(os.fspath(path))} is no complete safetensors file ({one_line(error, 120)}); download it again"
+        ) from error
 
 
 def import_anima(
@@ -78,7 +84,7 @@ def import_anima(
     if _TOKENS not in tensors or _TABLE not in tensors:
         raise ValueError(
             f"a soft-token file of the Anima node holds {_TOKENS!r} and {_TABLE!r}, but this one holds "
-            f"{sorted(tensors)[:8]}; is it a LoRA, or an adapter of this package already?"
+            f"{quoted(sorted(map(str, tensors)), 200)}; is it a LoRA, or an adapter of this package already?"
         )
     tokens, table = tensors[_TOKENS], tensors[_TABLE]
     if tokens.ndim not in (3, 4) or not tokens.is_floating_point():
@@ -182,4 +188,4 @@ def write_anima(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], met
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"the Anima node reads .safetensors files, but the file to write is {os.fspath(path)}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    write_whole(path, save(dict(tensors), metadata={"format": "pt", **metadata}))

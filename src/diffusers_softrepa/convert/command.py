@@ -1,8 +1,8 @@
 """The command line of the foreign formats.
 
-python -m diffusers_softrepa.convert FOLDER_OR_HUB_ID OUTPUT --family sd3
-python -m diffusers_softrepa.convert soft_tokens.safetensors OUTPUT --from anima
-python -m diffusers_softrepa.convert ADAPTER soft_tokens.safetensors --to anima
+softrepa convert FOLDER_OR_HUB_ID OUTPUT --family sd3
+softrepa convert soft_tokens.safetensors OUTPUT --from anima
+softrepa convert ADAPTER soft_tokens.safetensors --to anima
 """
 
 import argparse
@@ -19,9 +19,9 @@ from .anima import export_anima, import_anima, read_anima, write_anima
 from .reference import TIMESTEP_TOKENS_FILE, TOKENS_FILE, convert_reference, read_reference
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m diffusers_softrepa.convert") -> None:
     """Converts one adapter and says what is in it; a mistake is one sentence and exit status 2."""
-    parser = _parser()
+    parser = _parser(prog)
     given = parser.parse_args(arguments)
     given.source_format = given.source_format or ("adapter" if given.target_format == "anima" else "authors")
     try:
@@ -69,9 +69,9 @@ def _options(given: argparse.Namespace) -> HubOptions:
     return HubOptions(subfolder=given.subfolder, revision=given.revision)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m diffusers_softrepa.convert",
+        prog=prog,
         description="Convert soft tokens from and to the formats of others; no pickle code runs.",
     )
     parser.add_argument(

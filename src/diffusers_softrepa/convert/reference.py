@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..checkpoint import checked_tensors
 from ..config import SoftREPAConfig
 from ..families.sd3 import SD3
 from ..families.unet import UNET
-from ..hub import HubOptions, fetch
+from ..hub import HubOptions, fetch, is_missing, located
+from ..quoting import one_line
 
 TOKENS_FILE = "dc_tokens.pth"
 TIMESTEP_TOKENS_FILE = "dc_t_tokens.pth"
@@ -45,7 +45,7 @@ def read_reference(source: str | os.PathLike[str], options: HubOptions | None = 
     """Reads the authors' files of one model.
 
     Args:
-        source: A folder, or a Hub repository id.
+        source: A folder, or a Hub repository id or its address.
         options: Subfolder and, on the Hub, revision, token and cache; the files' names are the authors'.
 
     Returns:
@@ -56,13 +56,15 @@ def read_reference(source: str | os.PathLike[str], options: HubOptions | None = 
         ValueError: A file is damaged, or holds anything but numbers: reading it would have to run its code.
         OSError: There is no such folder, repository or file, or the Hub is out of reach.
     """
-    options = options or HubOptions()
+    source, options = located(os.fspath(source), options or HubOptions())
     folder = Path(source)
-    if not folder.is_dir() and not _may_be_repository(os.fspath(source)):
-        raise OSError(f"there is no folder {folder}; give the one that holds {TOKENS_FILE}, or a Hub repository id")
+    if not folder.is_dir() and not _may_be_repository(source):
+        raise OSError(
+            f"there is no folder {one_line(folder)}; give the one that holds {TOKENS_FILE}, or a Hub repository id"
+        )
     if not folder.is_dir():
-        tokens = _read_tensor(fetch(os.fspath(source), TOKENS_FILE, options))
-        table = _fetched_table(os.fspath(source), options)
+        tokens = _read_tensor(fetch(source, TOKENS_FILE, options))
+        table = _fetched_table(source, options)
         return tokens, None if table is None else _read_tensor(table)
     folder = folder / (options.subfolder or "")
     if not (folder / TOKENS_FILE).is_file():
@@ -80,8 +82,7 @@ def _fetched_table(repo_id: str, options: HubOptions) -> Path | None:
     try:
         return fetch(repo_id, TIMESTEP_TOKENS_FILE, options)
     except OSError as error:
-        cause = error.__cause__
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        if is_missing(error):
             return None
         name = f"{options.subfolder}/{TIMESTEP_TOKENS_FILE}" if options.subfolder else TIMESTEP_TOKENS_FILE
         cache = None if options.cache_dir is None else os.fspath(options.cache_dir)

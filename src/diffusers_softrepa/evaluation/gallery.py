@@ -12,13 +12,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..files import UnreadableJSON, read_json, whole_file, write_whole
+from ..quoting import one_line, quoted
 from .prompts import Prompt
 from .settings import Setting, loaded_adapters
 
@@ -83,9 +85,8 @@ class Gallery:
         """Saves a picture, whole or not at all."""
         path = self.path(picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            image.save(file, format="PNG")
 
     def open(self, picture: Picture) -> Image.Image:
         """Returns a picture in RGB."""
@@ -99,7 +100,7 @@ class Gallery:
             ValueError: Pictures that are there were drawn with something else.
         """
         path = self.folder / MANIFEST_NAME
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        old = _read_manifest(path) if path.is_file() else None
         new = self._manifest(pipe, arguments)
         if old is not None:
             changed = _changes(old, new)
@@ -113,9 +114,7 @@ class Gallery:
             files = {entry["file"] for entry in new["pictures"]}
             new["pictures"] = [entry for entry in old["pictures"] if entry["file"] not in files] + new["pictures"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(new, indent=1) + "\n")
 
     def _manifest(self, pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -135,6 +134,28 @@ class Gallery:
                 for picture in self.pictures
             ],
         }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of earlier runs.
+
+    Raises:
+        ValueError: The file is none; the pictures beside it may be of anything.
+    """
+    advice = "give another output_dir, or delete that folder to draw its pictures again"
+    try:
+        found = read_json(path, max_bytes=1 << 30, allow_nonfinite=True)
+    except UnreadableJSON as error:
+        raise ValueError(f"{error}; {advice}") from error
+    parts = ("pipeline", "arguments", "settings", "prompts")
+    mappings = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in parts)
+    pictures = found.get("pictures") if mappings else None
+    named = isinstance(pictures, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in pictures
+    )
+    if not named or found.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no manifest of an evaluation that this version reads: {quoted(found)}; {advice}")
+    return cast(dict[str, Any], found)
 
 
 def generator_seed(prompt_id: str, seed: int) -> int:
@@ -162,7 +183,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _change(name: str, old: Any, new: Any) -> list[str]:
-    return [] if old == new else [f"{name} was {old!r:.120}, is {new!r:.120}"]
+    return [] if old == new else [f"{one_line(name, 80)} was {quoted(old, 120)}, is {quoted(new, 120)}"]
 
 
 def _pipeline_facts(pipe: Any) -> dict[str, Any]:

@@ -10,33 +10,40 @@ if TYPE_CHECKING:
 
     from .result import EvaluationResult
 
-_CAPTION_HEIGHT = 16
+CAPTION_HEIGHT = 16
 _MIN_SIDE, _MAX_SIDE = 128, 256
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], heads: Sequence[str]) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    heads: Sequence[str],
+    *,
+    max_side: int | None = _MAX_SIDE,
+) -> Image.Image:
     """Returns one picture: a row for each prompt with its caption above, a column for each setting.
 
-    Pictures are at most 256 pixels wide; very small ones are enlarged a whole number of times, without smoothing.
+    Very small pictures are enlarged a whole number of times, without smoothing, unless `max_side` is None.
 
     Args:
         rows: Pictures, all rows of equal length.
         captions: What is above each row.
         heads: What is above each column.
+        max_side: Widest picture in pixels; wider ones are reduced. None shows all of them as they are.
     """
     widest = max(picture.width for row in rows for picture in row)
-    width = min(_MAX_SIDE, widest * -(-_MIN_SIDE // widest))
+    width = widest if max_side is None else min(max_side, widest * -(-_MIN_SIDE // widest))
     small = [[_fitted(picture, width) for picture in row] for row in rows]
-    heights = [max(picture.height for picture in row) + _CAPTION_HEIGHT for row in small]
-    sheet = Image.new("RGB", (width * len(heads), _CAPTION_HEIGHT + sum(heights)), "white")
+    heights = [max(picture.height for picture in row) + CAPTION_HEIGHT for row in small]
+    sheet = Image.new("RGB", (width * len(heads), CAPTION_HEIGHT + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(heads):
         draw.text((column * width + 2, 2), head, fill="black")
-    top = _CAPTION_HEIGHT
+    top = CAPTION_HEIGHT
     for row, caption, height in zip(small, captions, heights, strict=True):
         draw.text((2, top + 2), caption, fill="black")
         for column, picture in enumerate(row):
-            sheet.paste(picture, (column * width, top + _CAPTION_HEIGHT))
+            sheet.paste(picture, (column * width, top + CAPTION_HEIGHT))
         top += height
     return sheet
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quoting import in_markdown
 from .statistics import clustered_mean, share_better
 
 RESULTS_NAME = "results.json"
@@ -116,19 +117,23 @@ class EvaluationResult:
 
     def to_markdown(self) -> str:
         """Returns a table of the settings, and one for each score by category where there are categories."""
-        heads = ["setting", *(f"{name} {'↑' if up else '↓'}" for name, up in self.directions.items())]
+        heads = ["setting", *(f"{in_markdown(name)} {'↑' if up else '↓'}" for name, up in self.directions.items())]
         lines = [
-            [setting, *(_cell(self.row(setting, name), self.directions[name]) for name in self.directions)]
+            [
+                in_markdown(setting),
+                *(_cell(self.row(setting, name), self.directions[name]) for name in self.directions),
+            ]
             for setting in self.settings
         ]
         pictures = f"{len(self.prompts)} prompts x {len(self.seeds)} seeds"
+        first = in_markdown(self.settings[0])
         note = (
-            f"{pictures}; mean ± standard error (in brackets: paired difference to {self.settings[0]}, bold where it "
-            "is better by more than two standard errors). Errors are clustered by prompt."
+            f"{pictures}; mean ± standard error (in brackets: paired difference to {first}, bold where it is better "
+            "by more than two standard errors). Errors are clustered by prompt."
         )
         parts = [_table(heads, lines), note]
         if self.category_names:
-            parts += [f"### {name} by category\n\n{self._by_category(name)}" for name in self.scores]
+            parts += [f"### {in_markdown(name)} by category\n\n{self._by_category(name)}" for name in self.scores]
         return "\n\n".join(parts) + "\n"
 
     def _by_category(self, score: str) -> str:
@@ -137,8 +142,8 @@ class EvaluationResult:
             rows = [self.row(setting, score, category) for category in self.category_names]
             means = [row.mean for row in rows if row.count]
             mean = f"{sum(means) / len(means):.4g}" if means else "-"
-            lines.append([setting, *(_cell(row, self.directions[score]) for row in rows), mean])
-        return _table(["setting", *self.category_names, "mean of categories"], lines)
+            lines.append([in_markdown(setting), *(_cell(row, self.directions[score]) for row in rows), mean])
+        return _table(["setting", *map(in_markdown, self.category_names), "mean of categories"], lines)
 
     def to_csv(self) -> str:
         """Returns every number in a line of its own; what there is not is empty."""
@@ -212,7 +217,7 @@ def _number(value: float, error: float, sign: str = "") -> str:
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def without_nan(value: Any) -> Any:

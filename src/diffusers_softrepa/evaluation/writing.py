@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from ..card import model_card, section
+from ..card import metadata_of, model_card, section
 from ..checkpoint import CONFIG_NAME, write_card
 from ..config import SoftREPAConfig
 from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
+from ..quoting import in_markdown
 from .result import RESULTS_NAME, EvaluationResult
 
 TABLE_NAME = "results.md"
@@ -100,7 +101,7 @@ def add_to_card(
             picture.save(folder / CARD_PICTURE_NAME)
         shown.append(CARD_PICTURE_NAME)
     if not (folder / CARD_NAME).is_file():
-        config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        config = SoftREPAConfig.from_dict(SoftREPAConfig.from_json_file(str(folder / CONFIG_NAME)))
         write_card(folder, str(model_card(config, UNKNOWN_REPO)))
     found = eval_results(result, setting or result.settings[-1], dataset_name=dataset_name, dataset_id=dataset_id)
     write_card(folder, _fragment(result, found, _model_name(folder), dataset_name, shown))
@@ -111,7 +112,11 @@ def add_to_card(
 
 def _model_name(folder: Path) -> str:
     text = (folder / CARD_NAME).read_text(encoding="utf-8", errors="surrogateescape")
-    return ModelCard(text, ignore_metadata_errors=True).data.get("model_name") or UNKNOWN_REPO
+    name = metadata_of(text).get("model_name")
+    index = metadata_of(text).get("model-index")
+    if name is None and isinstance(index, list) and index and isinstance(index[0], dict):
+        name = index[0].get("name")
+    return name if isinstance(name, str) and name else UNKNOWN_REPO
 
 
 def _fragment(
@@ -119,7 +124,7 @@ def _fragment(
 ) -> str:
     """Returns a card that has nothing but the evaluation."""
     data = ModelCardData(model_name=model_name, eval_results=found) if found else ModelCardData()
-    parts = [f"## Evaluation\n\nOn {dataset_name}.", result.to_markdown().rstrip()]
+    parts = [f"## Evaluation\n\nOn {in_markdown(dataset_name)}.", result.to_markdown().rstrip()]
     parts += [f"![Settings side by side, from the same noise]({name})" for name in shown]
     text = section("evaluation", "\n\n".join(parts))
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"

@@ -19,6 +19,7 @@ from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
 from ..config import SoftREPAConfig
 from ..hub import CARD_NAME, UNKNOWN_REPO, push_folder
+from ..quoting import in_markdown
 from .arguments import ContrastiveFlowMatchingArguments
 from .journal import LOG_NAME, read_log
 from .validation import pictures_of_grid, save_picture
@@ -95,7 +96,7 @@ def write_report(args: ContrastiveFlowMatchingArguments, data: Data, *, steps: i
     if pictures:
         shutil.copyfile(pictures[-1], folder / PICTURES_NAME)
         shown += [PICTURES_NAME, *_write_gallery(folder, len(args.validation_prompts))]
-    config = SoftREPAConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+    config = SoftREPAConfig.from_dict(SoftREPAConfig.from_json_file(str(folder / CONFIG_NAME)))
     write_card(folder, _card(args, config, data, log, shown, steps=steps, num_captions=num_captions))
     return shown
 
@@ -271,14 +272,14 @@ def _eval_results(entry: Mapping[str, float], data: Data, num_captions: int) -> 
 
 
 def _pictures_text(args: ContrastiveFlowMatchingArguments) -> str:
-    prompts = "\n".join(f"- {prompt}" for prompt in args.validation_prompts)
+    prompts = "\n".join(f"- {in_markdown(prompt)}" for prompt in args.validation_prompts)
     note = "Without the tokens on the left, with them on the right, from the same noise:"
     return f"{note}\n\n{prompts}\n\n![Pictures without and with the tokens]({PICTURES_NAME})"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+    cells = [[in_markdown(cell) for cell in line] for line in (heads, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(heads), *cells[1:]))
 
 
 _PANELS = {

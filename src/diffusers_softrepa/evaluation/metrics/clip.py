@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from ...compat import ClipProcessor, pooled
 from ...hub import HubOptions, fetch
 from ..prompts import Prompt
 from .loading import load
@@ -49,13 +50,13 @@ class ClipEncoder:
         self.model = model
         side = model.config.vision_config.image_size
         stretch = {"size": {"height": side, "width": side}, "do_center_crop": False} if square else {}
-        self.processor = load(CLIPImageProcessorPil, processing, needed_by, **stretch)
+        self.processor = load(ClipProcessor, processing, needed_by, **stretch)
         self.tokenizer = load(AutoTokenizer, processing, needed_by)
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Returns projected features of pictures, (n, width)."""
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
-        return self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)).pooler_output
+        return pooled(self.model.get_image_features(pixels.to(self.model.device, self.model.dtype)))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Returns projected features of texts, (n, width); words beyond the model's length are cut off."""
@@ -63,7 +64,7 @@ class ClipEncoder:
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(
             self.model.device
         )
-        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+        return pooled(self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
 
     def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
         """Returns the cosine of each picture with its text, (n,) float32."""

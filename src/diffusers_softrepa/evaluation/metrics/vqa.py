@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ...compat import model_precision
 from ..prompts import Prompt
 from .loading import load
 from .metric import ImageMetric
@@ -47,7 +48,7 @@ class VQAScore(ImageMetric):
         if processor.chat_template is None:
             raise ValueError(f"VQAScore asks a chat model, but {self.model} has no chat template; use another one")
         processor.tokenizer.padding_side = "left"  # so that answers stand at the end of every row
-        model = load(AutoModelForImageTextToText, self.model, "VQAScore", dtype=dtype).eval().to(device)
+        model = load(AutoModelForImageTextToText, self.model, "VQAScore", **model_precision(dtype)).eval().to(device)
         self._loaded = processor, model
 
     def close(self) -> None:

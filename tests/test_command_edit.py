@@ -1,9 +1,8 @@
-"""The editing guide's Python runs, and the editing command does what it says, on a small pipeline in a folder."""
+"""The editing guide's Python runs, and `softrepa edit` does what it says, on a small pipeline in a folder."""
 
-import importlib.util
 import shlex
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,17 @@ from PIL import Image
 
 import diffusers_softrepa
 import tiny
+from diffusers_softrepa.commands import edit, models
+from diffusers_softrepa.commands.settings import parse
+from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 from test_docs import blocks
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "edit.py"
 SHORT = ["--steps", "4", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def command() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("edit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def command() -> SimpleNamespace:
+    return SimpleNamespace(main=edit.main, DiffusionPipeline=models.DiffusionPipeline, LABEL_HEIGHT=CAPTION_HEIGHT)
 
 
 def strong_adapter(pipe: StableDiffusion3Pipeline, folder: Path) -> Path:
@@ -71,15 +69,17 @@ def test_the_python_of_the_editing_guide_runs(files: Path, monkeypatch: pytest.M
     assert names["again"].size == names["lion"].size == (24, 16)
 
 
-def test_the_command_of_the_editing_guide_is_understood(command: ModuleType):
+def test_the_command_of_the_editing_guide_is_understood(command: SimpleNamespace):
     (line,) = blocks("editing.md", "bash")
     argv = shlex.split(line)
-    assert argv[:2] == ["python", "examples/edit.py"]
-    given = command._parser().parse_args(argv[2:])
+    assert argv[:2] == ["softrepa", "edit"]
+    (_, given) = parse("edit", "", (models.PipelineOptions, edit.EditOptions), argv[2:])
     assert (given.image, given.adapter, given.adapter_target_guidance_scale) == (["cat.png"], "my-tokens", 10.0)
 
 
-def test_base_and_adapter_are_laid_side_by_side(command: ModuleType, files: Path, monkeypatch: pytest.MonkeyPatch):
+def test_base_and_adapter_are_laid_side_by_side(
+    command: SimpleNamespace, files: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(command.DiffusionPipeline, "from_pretrained", StableDiffusion3Pipeline.from_pretrained)
     argv = ["--pipeline", "any", "--image", "cat.png", "dog.png", "--source", "a cat", "a dog", "--target", "a tree"]
     argv += [*SHORT, "--output", "edits/today", "--max_sequence_length", "24"]
@@ -101,8 +101,8 @@ def test_base_and_adapter_are_laid_side_by_side(command: ModuleType, files: Path
 
 
 def test_prompts_and_images_that_do_not_go_together_are_refused(
-    command: ModuleType, files: Path, monkeypatch: pytest.MonkeyPatch
+    command: SimpleNamespace, files: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(command.DiffusionPipeline, "from_pretrained", StableDiffusion3Pipeline.from_pretrained)
-    with pytest.raises(SystemExit, match="--target needs one prompt for all images or one for each: 3 for 1"):
+    with pytest.raises(ValueError, match="--target needs one prompt for all images or one for each: 3 for 1"):
         command.main(["--pipeline", "any", "--image", "cat.png", "--source", "a", "--target", *"abc", *SHORT])

@@ -1,0 +1,66 @@
+"""The options that say which pipeline and which adapter, and how these are loaded."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..compat import pipeline_precision
+from ..evaluation.scoring import processes
+from .settings import needed, option
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class PipelineOptions:
+    """Which pipeline, and where it runs."""
+
+    pipeline: str = needed("Pipeline to load: a Hugging Face Hub id, or a folder that save_pretrained wrote.")
+    revision: str | None = option("Branch, tag or commit of the pipeline on the Hub.")
+    variant: str | None = option("Variant of the pipeline's files, such as fp16.")
+    dtype: Precision = option("Precision that the pipeline is loaded in.", "float32")
+    device: str | None = option("Device such as cuda or cpu; the accelerator, if there is one, unless given.")
+    token: str | None = option("Hub token; the stored one unless given.")
+
+
+def load_pipeline(
+    source: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str | None = None,
+    token: str | None = None,
+    **more: Any,
+) -> Any:
+    """Returns a pipeline that `DiffusionPipeline.from_pretrained` loads.
+
+    Args:
+        source: A Hub id or a folder.
+        revision: Branch, tag or commit on the Hub.
+        variant: Variant of its files.
+        dtype: Name of a torch dtype; as the library decides unless given.
+        token: Hub token.
+        more: Further arguments of `from_pretrained`.
+    """
+    given = {"revision": revision, "variant": variant, "token": token} | more
+    if dtype is not None:
+        given |= pipeline_precision(getattr(torch, dtype))
+    return DiffusionPipeline.from_pretrained(
+        source, **{key: value for key, value in given.items() if value is not None}
+    )
+
+
+def placed_pipeline(options: PipelineOptions) -> Any:
+    """Returns the pipeline that options describe, on its device and without progress bars."""
+    pipe = load_pipeline(
+        options.pipeline,
+        revision=options.revision,
+        variant=options.variant,
+        dtype=options.dtype,
+        token=options.token,
+    )
+    pipe.to(options.device or processes().device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,185 @@
+"""From a command line, and the settings file that it names, to the dataclasses of a sub-command.
+
+Every option is a field of a dataclass, with its type, default and meaning. A YAML or JSON file holds the same names,
+and the command line goes before it.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from ..files import parse_json
+from ..quoting import one_line, quoted
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def option(meaning: str, default: Any = None) -> Any:
+    """Returns a field of settings.
+
+    Args:
+        meaning: What it is, for `--help`.
+        default: Its default; a list is copied for each command.
+    """
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+def needed(meaning: str) -> Any:
+    """Returns a field of settings that must be given.
+
+    Args:
+        meaning: What it is, for `--help`.
+    """
+    return field(metadata={"help": meaning})
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Says behind each option whether it is needed, or what its default is; a default of None says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        return text if action.default in (None, argparse.SUPPRESS, []) else f"{text} (default: %(default)s)"
+
+
+class Parser(HfArgumentParser):
+    """A parser whose errors are ValueErrors, without the page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def parse(
+    name: str,
+    meaning: str,
+    classes: Sequence[type],
+    argv: Sequence[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Returns the settings of a command line and of the file that it names, one object for each class.
+
+    The file is given by `--config`, or as the first word.
+
+    Args:
+        name: The sub-command.
+        meaning: What it does, for `--help`.
+        classes: Dataclasses of settings.
+        argv: The command line.
+        defaults: Values by name that go before the classes' own, and behind the file's.
+
+    Raises:
+        ValueError: A setting is unknown, missing or out of range, or the file is not YAML or JSON.
+        OSError: There is no such file.
+    """
+    words = list(argv)
+    if words and words[0].endswith(CONFIG_SUFFIXES):
+        words = ["--config", *words]
+    types: list[Any] = list(classes)
+    parser = Parser(
+        types,
+        prog=f"softrepa {name}",
+        description=meaning,
+        usage=f"softrepa {name} [settings.yaml | --config settings.yaml] [--option value ...]",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _show_types(parser, classes)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; the command line goes first.")
+    # `run` takes this word off the command line before it comes here; it is named for --help alone.
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    known = {action.dest: action for action in parser._actions}
+    parser.set_defaults(**defaults or {})
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    file = first.parse_known_args(words)[0].config
+    if file is not None:
+        settings = read_settings(Path(file).expanduser())
+        _check_known(settings, known.keys() - {"help", "config", "debug"}, file)
+        for key in settings:
+            known[key].required = False
+        parser.set_defaults(**settings)  # a text is converted as if it stood on the command line
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    flags = [word for word in unknown if word.startswith("--")]
+    _check_known(
+        [word.lstrip("-").split("=")[0].replace("-", "_") for word in flags], known.keys(), "the command line"
+    )
+    if unknown:
+        raise ValueError(
+            f"the command line has {quoted(unknown[0])}, which belongs to no option; quote texts of words"
+        )
+    return tuple(parsed)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML or JSON file; None values count as not given, and `~` is the home folder.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: It holds no mapping, or is neither YAML nor JSON.
+        OSError: There is no such file.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        settings = parse_json(content, str(path))
+    else:
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(f"{path} is YAML, which needs `pip install pyyaml`; or write it as JSON") from error
+        try:
+            settings = yaml.safe_load(content.decode("utf-8-sig"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is neither YAML nor JSON: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings by name, such as `max_steps: 100`, but holds {quoted(settings)}")
+    return {name: _at_home(value) for name, value in settings.items() if value is not None}
+
+
+def _at_home(value: Any) -> Any:
+    """Returns a path with the home folder for `~`, as a shell would make it; other values as they are."""
+    is_path = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return os.path.expanduser(value) if is_path else value
+
+
+def _check_known(names: Collection[str], known: Collection[str], where: str) -> None:
+    """Raises for names that are no settings, with the ones that may have been meant."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        close = get_close_matches(str(unknown[0]), list(known), 1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists the options"
+        raise ValueError(f"{where} has unknown settings: {', '.join(map(str, unknown))}; {hint}")
+
+
+def _show_types(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
+    """Lets `--help` say what kind of value each option takes, and lets options of lists be empty."""
+    kinds = {entry.name: entry.type for cls in classes for entry in dataclasses.fields(cls)}
+    for action in parser._actions:
+        kind = kinds.get(action.dest)
+        if action.nargs == "+" and not action.required:
+            action.nargs = "*"  # an empty list is a list
+        if kind is None or action.choices is not None or action.nargs == 0:
+            continue
+        text = kind.__name__ if isinstance(kind, type) else str(kind)
+        words = {"int": "NUMBER", "float": "NUMBER", "bool": "TRUE|FALSE"}
+        action.metavar = next((word for name, word in words.items() if name in text), "TEXT")
+
+
+def show(settings: object) -> str:
+    """Returns settings as JSON text, one on a line, for a dry run."""
+    return json.dumps(dataclasses.asdict(settings), indent=1, default=str)  # type: ignore[call-overload]

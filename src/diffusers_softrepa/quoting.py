@@ -1,0 +1,64 @@
+"""How a message or a page shows what somebody else wrote: as one short printable line, whatever it is."""
+
+import re
+import reprlib
+from typing import Any, final
+
+
+@final
+class _Short(reprlib.Repr):
+    """A `repr` that is cut at every level, and that a value of any depth or size does not break."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = limit
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 256:  # the interpreter refuses to write out thousands of digits
+            return f"a whole number of {value.bit_length()} bits"
+        return super().repr_int(value, level)
+
+
+def quoted(value: Any, limit: int = 80) -> str:
+    """Returns `repr(value)` as one line of printable characters, at most `limit` of them.
+
+    Args:
+        value: Anything; lists and mappings are cut at every level, and a failing `repr` becomes the type's name.
+        limit: Longest text to return, in characters.
+    """
+    try:
+        text = _Short(limit).repr(value)
+    except Exception:  # a foreign repr may raise anything
+        text = f"a {type(value).__name__}"
+    return one_line(text, limit)
+
+
+def one_line(text: object, limit: int = 240) -> str:
+    """Returns foreign text, such as another library's message, as one line of printable characters.
+
+    Args:
+        text: The text, or an exception whose text is meant.
+        limit: Longest text to return, in characters; a longer one ends in `...`.
+    """
+    words = " ".join(str(text)[: 8 * limit].split())
+    line = "".join(sign if sign.isprintable() else "?" for sign in words)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def in_markdown(text: object, limit: int = 400) -> str:
+    r"""Returns foreign text, such as a prompt, as Markdown shows it word for word: in a paragraph, a list or a table.
+
+    It can be no heading, emphasis, code, link, picture, HTML or comment, ends no table cell, and is one line.
+
+    Args:
+        text: The text.
+        limit: Longest text to show, in characters before escaping; a longer one ends in `...`.
+    """
+    line = one_line(text, limit)
+    line = re.sub(r"[&<>]", lambda sign: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[sign[0]], line)
+    line = re.sub(r"([\\`*\[\]|~])", r"\\\1", line)
+    line = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)  # one inside a word emphasizes nothing
+    line = line.replace("://", "&#58;//").replace("www.", "www&#46;")  # what pages turn into links by themselves
+    line = re.sub(r"^([-+](?=[\s-]|$)|[#=])", r"\\\1", line)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
