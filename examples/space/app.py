@@ -41,9 +41,10 @@ from studio import (
 ADAPTER = "shapes_world/adapter"
 PROMPTS = (
     "two red circles and a blue square",
-    "three green triangles",
-    "a cross left of a yellow circle",
-    "two black squares and a red triangle",
+    "a red circle and a blue square",
+    "two green crosses",
+    "three red squares",
+    "a purple triangle",
 )
 CHOSEN = (
     "These prompts were chosen because the adapter mends them. What it does to hundreds of prompts that nobody chose "
