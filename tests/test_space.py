@@ -494,6 +494,7 @@ def test_a_visitor_draws_moves_the_weight_and_makes_a_mistake(browser: Any, addr
 
     opening = [right_of(page.verdict(name)) for name in ("base", "adapter")]
     assert opening[0] < opening[1]  # it opens on something that the adapter mends
+    time.sleep(1)  # until the veil of drawing has faded from the pictures
     chosen = Path(os.environ.get("SOFTREPA_SPACE_SCREENSHOT") or tmp_path / "space.png")
     chosen.parent.mkdir(parents=True, exist_ok=True)
     browser.save_screenshot(str(chosen))
