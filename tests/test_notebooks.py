@@ -16,7 +16,8 @@ FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w.~/])(?:/(?:home|root|Users|work|mnt|tmp|opt|data|var)/|[A-Z]:\\\\)")
 
-# Pictures and plots that each shows, and what it must have made, asked in its own kernel behind its last cell.
+# Pictures and plots that each shows, and what it must have made, asked in its own kernel behind its last cell. Where a
+# text speaks of a gain, the gain must be above its own standard error.
 SHOWN = {
     "01_use_an_adapter": 4,
     "02_combine_and_steer": 4,
@@ -28,22 +29,29 @@ SHOWN = {
 MADE = {
     "01_use_an_adapter": """
 assert same_bits
-assert any(one.tobytes() != other.tobytes() for one, other in zip(base, with_tokens, strict=True))
+assert right(with_tokens, [ask] * 4).sum() > right(base, [ask] * 4).sum()
+points, error = gain(verdicts["soft tokens"], verdicts["base"])
+assert points > error > 0
 assert pipe.get_softrepa_adapters() == {}
 """,
     "02_combine_and_steer": """
 assert all(np.isfinite(losses))
-assert any(one.tobytes() != other.tobytes() for one, other in zip(pictures["neither"], pictures["LoRA"], strict=True))
+assert black(pictures["LoRA"]) > black(pictures["neither"]) + 0.3
+assert black(pictures["both"]) > black(pictures["soft tokens"]) + 0.3
 assert 0 == changes[0].max() < changes[-1].max()
+points, error = gains["both"]
+assert points > error > 0
 assert pipe.get_softrepa_adapters() == {"softrepa": 1.0}
 """,
     "03_train_on_your_own_folder": """
 assert result.finished and result.step == args.max_steps == log[-1]["step"]
 assert any("held_out/top1" in entry for entry in log)
+assert points > error > 0
 assert same
 """,
     "04_publish_and_load_back": """
 assert same and kept and still
+assert points > error > 0
 assert set(hub.files("alice/shapes-tokens")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 assert fresh.get_softrepa_adapters() == {"softrepa": None, "v1": 1.0}
 """,
@@ -51,11 +59,16 @@ assert fresh.get_softrepa_adapters() == {"softrepa": None, "v1": 1.0}
 assert [len(made) for made in everything.values()] == [len(edits)] * 3
 assert base.tobytes() != picture.tobytes() and base.size == picture.size
 assert all(0 <= table["all"]["done"] <= 1 for table in results.values())
+apart = results["soft tokens"]["all"]["done"] - results["base"]["all"]["done"]
+assert abs(gains["done", "all"][0] - 100 * apart) < 1e-9
 """,
     "06_evaluate": """
 assert result.scores["oracle/right"].shape == (3, len(questions), 1)
-assert 0 <= result.row("base", "oracle/right").mean <= 1
-assert again.row("softrepa", "oracle/right") == result.row("softrepa", "oracle/right")
+full = result.row("softrepa", "oracle/right")
+assert full.difference > full.difference_error > 0
+half = result.row("softrepa:0.5", "oracle/right")
+assert half.difference > half.difference_error > 0
+assert again.row("softrepa", "oracle/right") == full
 """,
 }
 
@@ -113,7 +126,9 @@ def run(notebook: nbformat.NotebookNode, home: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, str(home / name.lower()))
     for name in ("HF_TOKEN", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hub"), "PYTHONDONTWRITEBYTECODE": "1"}
+    examples = os.pathsep.join(filter(None, (str(FOLDER.parent), os.environ.get("PYTHONPATH"))))  # has shapes_world
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hub"), "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {**os.environ, **offline, "PYTHONPATH": examples}
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
     client.execute(env=variables)
 

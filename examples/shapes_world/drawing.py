@@ -89,6 +89,22 @@ def measure(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image], asks:
     )
 
 
+def right(images: Sequence[Image.Image], asks: Sequence[Ask]) -> np.ndarray:
+    """Returns 1 for each picture that shows exactly what was asked, by the oracle, and 0 for the others, (asks,)."""
+    return np.array([float(judge(image, ask).correct) for image, ask in zip(images, asks, strict=True)])
+
+
+def gain(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
+    """Returns by how many points more is right, and the standard error of that, both in per cent of the prompts.
+
+    Args:
+        after: What `right` says of pictures in one setting, (asks,).
+        before: What it says of the same asks from the same noise in another one, (asks,).
+    """
+    differences = 100 * (after - before)
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
 def as_input(images: Sequence[Image.Image]) -> torch.Tensor:
     """Returns pictures as the autoencoder reads them, (images, 3, 32, 32) in -1..1."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

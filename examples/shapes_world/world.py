@@ -223,6 +223,51 @@ def random_ask(rng: np.random.Generator, skill: str | None = None) -> Ask:
     return Ask(skill, wants, relation).rephrased(rng)
 
 
+def ask_of(caption: str) -> Ask | None:
+    """Returns what a caption says, the inverse of `Ask.caption`; None where it says something else.
+
+    Case and spaces do not matter. More than four things are something else: captions name at most four.
+    """
+    text = " ".join(caption.lower().replace(",", " , ").rstrip(" .").split())
+    for number, frames in enumerate(zip(_FRAMES, _PLURAL_FRAMES, strict=True)):
+        start = next((frame.replace("{}", "") for frame in frames if text.startswith(frame.replace("{}", ""))), None)
+        if start is not None and (ask := _ask_of(text.removeprefix(start), number)) is not None:
+            return ask
+    return None
+
+
+def _ask_of(said: str, frame: int) -> Ask | None:
+    first, *others = said.replace(" and ", " , ").split(" , ")
+    relation, wording = None, 0
+    for name, phrases in _RELATION_WORDS.items():
+        for place, phrase in enumerate(phrases):
+            if f" {phrase} " in first:
+                relation, wording = name, place
+                first, second = first.split(f" {phrase} ", 1)
+                others.insert(0, second)
+    found = [_want_of(words) for words in (first, *others)]
+    wants = [want for want in found if want is not None]
+    if len(wants) < len(found) or sum(want.count for want in wants) > max(NUMBERS):
+        return None
+    if relation is not None and wants[0].count + wants[1].count > 2:
+        return None
+    return Ask(_skill_of(wants, relation), tuple(wants), relation, 2 * frame + wording)
+
+
+def _want_of(words: str) -> Want | None:
+    kinds = (Want(count, color, shape) for count in NUMBERS for color in (None, *COLORS) for shape in SHAPES)
+    return next((want for want in kinds if want.words() == words), None)
+
+
+def _skill_of(wants: Sequence[Want], relation: str | None) -> str:
+    things = sum(want.count for want in wants)
+    if len(wants) == 1:
+        return "counting" if things > 1 else "single_object" if wants[0].color is None else "colors"
+    if len(wants) > 2 or things > 2:
+        return "long"
+    return "position" if relation else "color_attr" if all(want.color for want in wants) else "two_object"
+
+
 def prompts(per_skill: int, seed: int) -> list[Ask]:
     """Returns `per_skill` asks of every skill, skill by skill."""
     rng = np.random.default_rng(seed)

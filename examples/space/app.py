@@ -1,4 +1,4 @@
-"""A page that draws a prompt without and with soft tokens, from the same noise, side by side.
+"""A page that draws a prompt without and with soft tokens, from the same noises, side by side.
 
     python examples/space/app.py [--pipeline NAME --adapter NAME] [--port PORT]
 
@@ -20,22 +20,46 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-from studio import MOST_GUIDANCE, MOST_STEPS, PLACES, CannotDraw, Order, Studio, difference, enlarged
-
-PIPELINE = "shapes_world/sd3"
-ADAPTER = "shapes_world/adapters/softrepa-hard"
-PROMPTS = (
-    "a red circle and a blue square",
-    "three green triangles",
-    "a cross left of a yellow circle",
-    "two black squares and a red triangle",
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from studio import (
+    COUNTS,
+    EMBEDDED,
+    MOST_CHARACTERS,
+    MOST_GUIDANCE,
+    MOST_STEPS,
+    SEEDS,
+    CannotDraw,
+    Order,
+    Studio,
+    difference,
+    read_by_oracle,
+    sheet,
 )
+
+ADAPTER = "shapes_world/adapter"
+PROMPTS = (
+    "two red circles and a blue square",
+    "a red circle and a blue square",
+    "two green crosses",
+    "three red squares",
+    "a purple triangle",
+)
+CHOSEN = (
+    "These prompts were chosen because the adapter mends them. What it does to hundreds of prompts that nobody chose "
+    "is in the README of the shapes world."
+)
+MOST_WAITING = 16
+FULL = f"{MOST_WAITING} orders are waiting already, and no more can; please try again in a minute."
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 CSS = """
 .gradio-container > .main { max-width: 940px; margin: 0 auto; padding: 1rem; }
 .picture img { image-rendering: pixelated; object-fit: scale-down; }
 .picture [data-testid="status-tracker"]:has(.error) { display: none; } /* the sentence is enough; pictures stay */
+.verdict { min-height: 1.8em; }
+.verdict p { text-align: center; font-size: 1.15em; }
 #status { min-height: 1.6em; }
 #status p { opacity: 0.75; text-align: center; }
 """
@@ -44,7 +68,7 @@ CSS = """
 def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     if given.adapter is None:
-        given.adapter = ADAPTER if given.pipeline == PIPELINE else ""
+        given.adapter = ADAPTER if given.pipeline == EMBEDDED else ""
     studio = Studio()
     try:
         studio.prepare(given.pipeline, given.adapter or None)
@@ -54,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page.launch(
         server_name=given.host,
         server_port=given.port,
+        app_kwargs={"exception_handlers": {503: _when_full}},
         theme=gr.themes.Default(primary_hue="indigo", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO),
         css=CSS,
         footer_links=[],
@@ -70,18 +95,20 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
         adapter: Likewise.
         fixed: Whether the visitor may not.
     """
-    embedded = pipeline == PIPELINE
-    steps, guidance = (14, 3.0) if embedded else _defaults(studio.prepare(pipeline))
+    embedded = pipeline == EMBEDDED
+    steps, guidance = (14, 2.0) if embedded else _defaults(studio.prepare(pipeline))
     with gr.Blocks(title="Soft tokens", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
-            "# Soft tokens\nThe same model draws the same noise twice: as it is, and with a SoftREPA adapter, which "
+            "# Soft tokens\nThe same model draws the same noises twice: as it is, and with a SoftREPA adapter, which "
             "adds a few learned tokens to the text that it reads. Not one of its weights changes."
+            + (" A green frame: an oracle finds exactly what was asked." if embedded else "")
         )
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
                 PROMPTS[0] if embedded else "",
                 label="Prompt",
                 placeholder="What should be drawn?",
+                max_length=MOST_CHARACTERS,
                 scale=6,
                 elem_id="prompt",
             )
@@ -89,7 +116,10 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
                 fresh = gr.Button("New noise", elem_id="fresh")
         with gr.Row():
-            base, tuned = _picture("Base model", "base"), _picture("With the adapter", "adapter")
+            (base, base_verdict), (tuned, tuned_verdict) = (
+                _picture("Base model", "base"),
+                _picture("With the adapter", "adapter"),
+            )
         status = gr.Markdown(elem_id="status")
         weight = gr.Slider(
             0,
@@ -102,33 +132,38 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
             elem_id="weight",
         )
         with gr.Row():
-            seed = gr.Number(0, label="Seed of the noise", precision=0, min_width=160, elem_id="seed")
+            seed = gr.Number(0, label="First seed of the noises", precision=0, min_width=160, elem_id="seed")
+            pictures = gr.Radio(
+                COUNTS, value=COUNTS[1] if embedded else COUNTS[0], label="Pictures", min_width=160, elem_id="pictures"
+            )
             scale = gr.Slider(0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance scale", min_width=160, buttons=[])
             count = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", min_width=160, buttons=[])
         if embedded:
             examples = gr.Examples([[text] for text in PROMPTS], [prompt], label="Prompts of this model's world")
+            gr.Markdown(CHOSEN, elem_id="chosen")
         names = _fixed_names(pipeline, adapter) if fixed else _name_fields(pipeline, adapter)
 
-        everything = [prompt, seed, scale, count, weight, *names]
+        everything = [prompt, seed, pictures, scale, count, weight, *names]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "pipeline"}
         alone, both = comparison(studio)
-        first = {"fn": alone, "inputs": everything, "outputs": [base, tuned, status], "show_progress_on": [base]}
+        outputs = [base, base_verdict, tuned, tuned_verdict, status]
+        first = {"fn": alone, "inputs": everything, "outputs": outputs, "show_progress_on": [base]}
         second = first | {"fn": both, "show_progress_on": [tuned]}
         first |= one_at_a_time | {"api_visibility": "private"}
         second |= one_at_a_time | {"trigger_mode": "always_last"}  # what moves meanwhile is drawn afterwards
         gr.on([button.click, prompt.submit], **first).success(**second, api_name="draw")
         weight.change(**second, api_visibility="private")
-        shaken = fresh.click(lambda: random.randrange(2**31), outputs=[seed], api_visibility="private")
+        shaken = fresh.click(lambda: random.randrange(SEEDS), outputs=[seed], api_visibility="private")
         starts = [shaken.then]
         if embedded:
             starts += [page.load, examples.load_input_event.then]
         for start in starts:
             start(**first).success(**second, api_visibility="private")
-    return page
+    return page.queue(max_size=MOST_WAITING)
 
 
 def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns what draws for the page: the base's picture alone, and both with a line about them.
+    """Returns what draws for the page: the base's pictures alone, and both models' with a line about them.
 
     Both have the same inputs and outputs. What the first has drawn the second does not draw again.
     """
@@ -136,45 +171,68 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def alone(
         prompt: str,
         seed: int,
+        pictures: int,
         guidance_scale: float,
         steps: int,
         weight: float,
         pipeline: str,
         adapter: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio looks for it here)
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, ...]:
         with _sentences():
-            order = Order(prompt, seed, guidance_scale, steps, pipeline)
-            if studio.knows(order):
-                return enlarged(studio.draw(order)), gr.skip(), gr.skip()
-            return enlarged(studio.draw(order, on_step=_bar(progress, "Base model"))), None, ""
+            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(pictures)
+            known = all(studio.knows(order) for order in orders)
+            plain = [studio.draw(order, on_step=step) for order, step in _bars(progress, "Base model", orders)]
+        return (*_shown(orders[0], plain), *((gr.skip(),) * 3 if known else (None, "", "")))
 
     def both(
         prompt: str,
         seed: int,
+        pictures: int,
         guidance_scale: float,
         steps: int,
         weight: float,
         pipeline: str,
         adapter: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[Any, Any, str]:
+    ) -> tuple[Any, ...]:
         started = time.perf_counter()
         with _sentences():
-            order = Order(prompt, seed, guidance_scale, steps, pipeline)
-            plain = studio.draw(order, on_step=_bar(progress, "Base model"))
-            known = studio.knows(order, adapter or "", weight)
-            tuned = studio.draw(order, adapter or "", weight, _bar(progress, "With the adapter"))
-        share = difference(plain, tuned)
-        differ = f"{share:.0%} of the pixels differ" if share else "not one pixel differs"
+            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(pictures)
+            plain = [studio.draw(order, on_step=step) for order, step in _bars(progress, "Base model", orders)]
+            known = all(studio.knows(order, adapter or "", weight) for order in orders)
+            bars = _bars(progress, "With the adapter", orders)
+            tuned = [studio.draw(order, adapter or "", weight, step) for order, step in bars]
+        equal = not any(difference(one, other) for one, other in zip(plain, tuned, strict=True))
         when = "drawn before" if known else f"drawn in {time.perf_counter() - started:.1f} s"
-        return enlarged(plain), enlarged(tuned), f"Weight {weight:g}: {differ}; {when}."
+        said = f"Weight {weight:g}: {'not one pixel differs; ' if equal else ''}{when}."
+        return *_shown(orders[0], plain), *_shown(orders[0], tuned), said
 
     return alone, both
 
 
-def _bar(progress: gr.Progress, words: str) -> Callable[[int, int], None]:
-    return lambda done, of: progress((done, of), desc=words)
+def _shown(order: Order, images: Sequence[Image.Image]) -> tuple[Image.Image, str]:
+    """Returns pictures as one, and what the oracle says of them."""
+    verdicts = read_by_oracle(order, images)
+    if verdicts is not None:
+        said = f"**{sum(verdicts)} of {len(verdicts)}** right"
+    elif order.pipeline == EMBEDDED:
+        said = "The oracle cannot read this prompt; it knows at most four things of this model's world."
+    else:
+        said = ""
+    return sheet(images, verdicts), said
+
+
+async def _when_full(_request: Request, problem: Any) -> JSONResponse:
+    """Says in a sentence that too many wait. The browser shows the detail, but that of status 503 it does not."""
+    full = "full" in str(problem.detail).lower()
+    return JSONResponse({"detail": FULL if full else problem.detail}, status_code=429 if full else 503)
+
+
+def _bars(progress: gr.Progress, words: str, orders: Sequence[Order]) -> Iterator[tuple[Order, Any]]:
+    """Yields each order with what its steps call; one bar runs over all of them."""
+    for place, order in enumerate(orders):
+        yield order, lambda done, of, before=place: progress((before * of + done, len(orders) * of), desc=words)
 
 
 @contextmanager
@@ -186,28 +244,27 @@ def _sentences() -> Iterator[None]:
         raise gr.Error(str(problem), print_exception=False) from problem
 
 
-def _picture(label: str, name: str) -> gr.Image:
-    return gr.Image(
-        label=label,
-        format="png",
-        interactive=False,
-        height=440,
-        buttons=["download"],
-        elem_id=name,
-        elem_classes="picture",
-    )
+def _picture(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
+    """Returns where pictures are shown, and below it where it is said how many of them are right."""
+    with gr.Column():
+        image = gr.Image(
+            label=label,
+            format="png",
+            interactive=False,
+            height=480,
+            buttons=["download"],
+            elem_id=name,
+            elem_classes="picture",
+        )
+        return image, gr.Markdown(elem_id=f"{name}_verdict", elem_classes="verdict")
 
 
 def _name_fields(pipeline: str, adapter: str) -> list[Any]:
-    folders = {path for place in PLACES for path in (place / "shapes_world" / "adapters").glob("*/")}
-    adapters = sorted({adapter} | {"/".join(path.parts[-3:]) for path in folders})
     info = "A folder or a Hub id"
     with gr.Accordion("Another model or adapter", open=False), gr.Row():
         return [
             gr.Textbox(pipeline, label="Pipeline", info=info, elem_id="pipeline"),
-            gr.Dropdown(
-                adapters, value=adapter, label="Adapter", info=info, allow_custom_value=True, elem_id="adapter_name"
-            ),
+            gr.Textbox(adapter, label="Adapter", info=info, elem_id="adapter_name"),
         ]
 
 
@@ -226,7 +283,7 @@ def _defaults(pipe: Any) -> tuple[int, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pipeline = os.environ.get("SOFTREPA_SPACE_PIPELINE", PIPELINE)
+    pipeline = os.environ.get("SOFTREPA_SPACE_PIPELINE", EMBEDDED)
     parser.add_argument("--pipeline", default=pipeline, help="folder or Hub id (default: %(default)s)")
     adapter = os.environ.get("SOFTREPA_SPACE_ADAPTER")
     parser.add_argument("--adapter", default=adapter, help=f"folder or Hub id (default: {ADAPTER} if that fits)")

@@ -9,4 +9,5 @@ install() { .venv/space/bin/python -m pip install --quiet --constraint .venv/spa
 install torch
 install --editable ".[space]"
 install --requirement examples/space/requirements.txt
+install --no-deps --editable examples # the shapes world; its training needs more, the page does not
 .venv/space/bin/python -m pip check

@@ -10,14 +10,14 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
 
@@ -26,9 +26,16 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
 # The shapes world lies beside this folder in the repository, and inside it on a Space.
 PLACES = (Path(), HERE, HERE.parent)
+EMBEDDED = "shapes_world/sd3"  # the pipeline whose pictures an oracle can read
+MOST_CHARACTERS = 300
 MOST_STEPS = 100
 MOST_GUIDANCE = 20
+COUNTS = (1, 4, 9)  # pictures of one order, in a square
+MOST_WORK = 400  # steps of all pictures of one order
+SEEDS = 2**32
 SHOWN_SIDE = 384
+FRAME = 4
+RIGHT, WRONG = (46, 160, 67), (215, 58, 73)  # of frames
 
 
 class CannotDraw(ValueError):
@@ -40,7 +47,7 @@ class Order:
     """What is drawn. Equal orders give equal pictures.
 
     Attributes:
-        prompt: What to draw.
+        prompt: What to draw, at most 300 characters.
         seed: Of the noise, 0 to 2**32 - 1.
         guidance_scale: Of classifier-free guidance, 0 to 20; 1.0 is none.
         steps: Of denoising, 1 to 100.
@@ -61,9 +68,29 @@ class Order:
             raise CannotDraw("The prompt is empty; write what should be drawn.")
         if not (self.pipeline or "").strip():
             raise CannotDraw("The pipeline is empty; give a folder or a Hub id.")
-        _check_number("seed", self.seed, 0, 2**32 - 1, whole=True)
+        if len(self.prompt) > MOST_CHARACTERS:
+            raise CannotDraw(
+                f"The prompt has {len(self.prompt)} characters, but at most {MOST_CHARACTERS} are read here."
+            )
+        _check_number("seed", self.seed, 0, SEEDS - 1, whole=True)
         _check_number("guidance scale", self.guidance_scale, 0, MOST_GUIDANCE)
         _check_number("number of steps", self.steps, 1, MOST_STEPS, whole=True)
+
+    def series(self, count: int) -> list["Order"]:
+        """Returns the orders of `count` pictures, which differ in their seeds: this one's, the next one's, ...
+
+        Raises:
+            CannotDraw: It is no number of pictures that is drawn here, or they take too many steps together.
+        """
+        if count not in COUNTS:
+            shown = "missing" if count is None else repr(count)
+            raise CannotDraw(f"The number of pictures must be one of {', '.join(map(str, COUNTS))}, but is {shown}.")
+        if count * self.steps > MOST_WORK:
+            raise CannotDraw(
+                f"{count} pictures of {self.steps} steps take {count * self.steps} steps, but at most {MOST_WORK} are "
+                "drawn at once; choose fewer of either."
+            )
+        return [replace(self, seed=(self.seed + place) % SEEDS) for place in range(count)]
 
 
 class Studio:
@@ -73,7 +100,7 @@ class Studio:
         kept: How many pictures are kept, so that none is drawn twice.
     """
 
-    def __init__(self, kept: int = 32) -> None:
+    def __init__(self, kept: int = 64) -> None:
         self._lock = threading.RLock()
         self._pipe: Any = None
         self._pipeline: str | None = None
@@ -144,6 +171,32 @@ def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
     """Returns a small picture enlarged by a whole factor, each pixel a square; others as they are."""
     factor = max(1, side // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def sheet(images: Sequence[Image.Image], verdicts: Sequence[bool] | None = None) -> Image.Image:
+    """Returns pictures in a square, small ones enlarged; with verdicts in frames, green where right, red where not."""
+    columns = math.ceil(math.sqrt(len(images)))
+    cells = [enlarged(image, SHOWN_SIDE // columns).convert("RGB") for image in images]
+    if verdicts is not None:
+        framed = zip(cells, verdicts, strict=True)
+        cells = [ImageOps.expand(cell, FRAME, RIGHT if right else WRONG) for cell, right in framed]
+    width, height = cells[0].width + FRAME, cells[0].height + FRAME  # with the gap to the next one
+    size = (columns * width - FRAME, math.ceil(len(cells) / columns) * height - FRAME)
+    canvas = Image.new("RGB", size, "white")
+    for place, cell in enumerate(cells):
+        canvas.paste(cell, (place % columns * width, place // columns * height))
+    return canvas
+
+
+def read_by_oracle(order: Order, images: Sequence[Image.Image]) -> list[bool] | None:
+    """Returns which pictures show exactly what was asked; None of other pipelines, and of prompts it cannot read."""
+    if order.pipeline != EMBEDDED:
+        return None
+    from shapes_world.oracle import judge  # here, because a Space of another pipeline comes without the shapes world
+    from shapes_world.world import ask_of
+
+    ask = ask_of(order.prompt)
+    return None if ask is None else [judge(image, ask).correct for image in images]
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
