@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_softrepa.training.batches import Draws, draw_noise
+from diffusers_softrepa.training.step.collate import Draws, draw_noise
 from torch import Tensor
 from torch.testing import assert_close
 

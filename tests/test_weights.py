@@ -89,7 +89,7 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     ("a", 1 + 2j, ValueError, "must be a finite number"),
     ("a", True, ValueError, "must be a finite number"),
     ("a", np.bool_(True), ValueError, "must be a finite number"),
-    ("a", object(), ValueError, "must be a finite number"),
+    pytest.param("a", object(), ValueError, "must be a finite number", id="an object"),
     ("a", {0.5}, ValueError, "must be a finite number"),
     ("a", [None], ValueError, "must be a finite number"),
     ("a", [0.5, 0.5], ValueError, r"'a' has layers \[0, 1, 2\], so its weight is one number, or a list of 3"),

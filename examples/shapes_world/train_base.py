@@ -6,9 +6,10 @@
 First the autoencoder, then Stable Diffusion 3 with its text encoders, by flow matching, in two stages. In the first
 all captions are exact, in three phrasings; the text encoders learn with the denoiser and are frozen from then on. In
 the second, captions are as unreliable as those that large models learn from, and how reliable they are shows in how
-they are written: half are in one phrasing ("there is ...", "there are ...") and exact, as written descriptions are;
-the others are in the two everyday phrasings and often wrong, as alternative texts of web pages are. What the denoiser
-learns is to follow a caption exactly if it is written like a description, and loosely if it is not.
+they are written: four in ten are in one phrasing ("there is ...", "there are ...") and exact, as written descriptions
+are; the others are in the two everyday phrasings and often wrong, as alternative texts of web pages are. What the
+denoiser learns is to follow a caption exactly if it is written like a description, and loosely if it is not. With
+`--start` the second stage alone is trained, from a pipeline that has the first behind it.
 
 Everything goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps the losses and, while the second
 stage runs, how many pictures the oracle finds right in either phrasing; `vae/` and `sd3/` are what was trained, in the
@@ -41,10 +42,10 @@ SCENES = 60_000  # pictures that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
-EXACT_STEPS = 0.38  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
+EXACT_STEPS = 0.652  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
 # true, false in one thing, or the caption of another picture.
-MIXTURE = {"exact": 0.50, "true": 0.15, "false": 0.225, "another": 0.125}
+MIXTURE = {"exact": 0.40, "true": 0.18, "false": 0.27, "another": 0.15}
 NOISE_MEAN = 0.4  # of the logit of the noise level; what is drawn where is decided at high noise
 # How long the T5 part of the text is in training: all words fit, but pipelines that are told nothing pad it to 256.
 T5_LENGTHS, T5_SHARES = (models.MAX_WORDS, 64, 256), (0.96, 0.03, 0.01)
@@ -60,7 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and results")
     parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=12_000, help="optimizer steps of both stages")
+    parser.add_argument("--steps", type=int, default=11_500, help="optimizer steps of both stages")
+    parser.add_argument("--start", type=Path, help="pipeline that has the first stage behind it; its weights go on")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -137,13 +139,16 @@ def train_pipeline(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
     vae.register_to_config(_name_or_path="vae")  # not a path of this machine
     pipe = models.sd3_pipeline(vae)
+    if args.start is not None:
+        known = StableDiffusion3Pipeline.from_pretrained(args.start, dtype=torch.float32)
+        models.trained_parts(pipe).load_state_dict(models.trained_parts(known).state_dict())
     pipe.set_progress_bar_config(disable=True)
     parts = models.trained_parts(pipe).train()
     average = copy.deepcopy(parts).requires_grad_(False)
     optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
     latents, drawn = encoded_pictures(args, vae)
-    frozen_from = round(EXACT_STEPS * args.steps)
+    frozen_from = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
     texts: dict[str, tuple[Tensor, Tensor]] = {}
     for step in run.steps(args.steps, optimizer):
         rng = run.rng(step)
@@ -263,7 +268,7 @@ def averaged(gradients: list[Tensor]) -> None:
 class Run:
     """The steps of one training: learning rate, checkpoints, log."""
 
-    WARM_UP, COOL_DOWN = 100, 0.3  # steps; share of steps
+    WARM_UP, COOL_DOWN = 100, 0.7  # steps; share of steps
 
     def __init__(self, args: argparse.Namespace, name: str, state: dict[str, Any]) -> None:
         self._args, self._name, self._state = args, name, state

@@ -57,7 +57,9 @@ class Draws:
 def draw_noise(draws: Draws, shape: Sequence[int], *, share: bool) -> Tensor:
     """Returns standard normal noise for latents of `shape` (b, ...), one for all rows if `share`, on the CPU."""
     generators = draws.generators(shape[0], NOISE, share=share)
-    return randn_tensor((len(generators), *shape[1:]), generators, dtype=torch.float32).expand(*shape)
+    return randn_tensor(
+        (len(generators), *shape[1:]), generators, dtype=torch.float32, device=torch.device("cpu")
+    ).expand(*shape)
 
 
 def draw_timesteps(draws: Draws, count: int, args: ContrastiveFlowMatchingArguments) -> Tensor:
