@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_softrepa.training.step.collate import Draws, draw_noise
 from torch import Tensor
 from torch.testing import assert_close
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, set_softrepa, softrepa_parameters
 from diffusers_softrepa.noising import sample_timesteps
+from diffusers_softrepa.training.step.collate import Draws, draw_noise
 
 SD3 = tiny.FAMILIES[2]
 
