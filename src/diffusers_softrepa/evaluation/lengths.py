@@ -30,8 +30,8 @@ def check_lengths(pipe: Any, prompts: Sequence[Prompt], arguments: Mapping[str, 
             name, excess = min(beyond.items(), key=lambda item: item[1])
             raise ValueError(
                 f"prompt {prompt.id!r} has {counts[name]} tokens of {name}, but {type(pipe).__name__} reads "
-                f"{counts[name] - excess}: what it ends with would not be drawn, yet scored; shorten it, leave it out, raise "
-                "max_sequence_length where the pipeline takes one, or pass allow_truncation=True"
+                f"{counts[name] - excess}: what it ends with would not be drawn, yet scored; shorten it, leave it "
+                "out, raise max_sequence_length where the pipeline takes one, or pass allow_truncation=True"
             )
 
 
