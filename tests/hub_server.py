@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, file_download, hf_api
 
 try:
     from huggingface_hub.utils import close_session
@@ -151,6 +151,8 @@ class HubServer:
         }
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value, raising=False)  # older releases lack some
+            if hasattr(file_download, name):  # or import it by name
+                monkeypatch.setattr(file_download, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         close_session()
 

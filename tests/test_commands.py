@@ -164,9 +164,9 @@ def test_a_settings_file_serves_every_command_and_the_command_line_goes_before_i
         shown = capsys.readouterr().out
         assert '"seed": 3' in shown and '"steps": 5' in shown
         assert f"would write {tmp_path}/found.png" in shown
-    (tmp_path / "settings.json").write_text('{"pipelin": 3}')
+    (tmp_path / "settings.json").write_text('{"seeed": 3}')
     assert run("generate", ["--config", str(tmp_path / "settings.json")]) == 2
-    assert "has unknown settings: pipelin; did you mean pipeline?" in capsys.readouterr().err
+    assert "has unknown settings: seeed; did you mean seed?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

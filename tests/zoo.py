@@ -14,10 +14,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, family_of, softrepa_parameters
+from diffusers_softrepa.compat import DIFFUSERS
 from diffusers_softrepa.families import Block, text_blocks
 
 K = 4  # soft tokens in every law
@@ -71,10 +73,17 @@ class Specimen:
         """Returns a frozen one, equal at each call; nothing in it is zero that a trained one would have learned."""
         if not hasattr(diffusers, self.kind):
             pytest.skip(f"diffusers {diffusers.__version__} has no {self.kind}")
+        if self.kind == "QwenImageTransformer2DModel" and Version("0.37") > DIFFUSERS:
+            pytest.skip(f"{self.kind} of diffusers {DIFFUSERS} is called with the lengths of the texts besides")
         torch.manual_seed(0)
-        denoiser = getattr(diffusers, self.kind)(**self.config).eval().requires_grad_(False)
+        try:
+            denoiser = getattr(diffusers, self.kind)(**self.config).eval().requires_grad_(False)
+        except TypeError as error:
+            if Version("0.42") > DIFFUSERS and "unexpected keyword argument" in str(error):
+                pytest.skip(f"{self.kind} of diffusers {DIFFUSERS} lacks what the newest has: {error}")
+            raise
         for parameter in denoiser.parameters():
-            if not parameter.any():
+            if not parameter.any() or not parameter.isfinite().all():  # some are memory as it was found
                 parameter.normal_(0.0, 0.1)
         if self.prepare is not None:
             self.prepare(denoiser)
