@@ -13,8 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import tiny
-from diffusers_softrepa.compat import DIFFUSERS
 from diffusers_softrepa import SoftREPAConfig, load_softrepa, softrepa_parameters, unload_softrepa
+from diffusers_softrepa.compat import DIFFUSERS
 
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES, ids=lambda family: family.name)
@@ -47,7 +47,6 @@ def adapter(denoiser: nn.Module) -> tuple[SoftREPAConfig, dict[str, torch.Tensor
     return config, {name: torch.randn(shape, generator=generator) for name, shape in config.shapes.items()}
 
 
-@every_family
 NEEDS_NEWER = pytest.mark.skipif(
     Version("0.42") > DIFFUSERS and not torch.accelerator.is_available(),
     reason="group offloading of an older diffusers needs an accelerator",
@@ -55,6 +54,7 @@ NEEDS_NEWER = pytest.mark.skipif(
 
 
 @NEEDS_NEWER
+@every_family
 @pytest.mark.parametrize("offload", OFFLOADS, ids=lambda offload: offload.__name__)
 @pytest.mark.parametrize("offloaded_first", [True, False])
 @torch.no_grad()
