@@ -23,7 +23,7 @@ from diffusers_softrepa.compat import TRANSFORMERS, pipeline_precision
 from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 
 WORLD = Path(__file__).parents[1] / "examples" / "shapes_world"
-ADAPTER = str(WORLD / "adapters" / "softrepa")
+ADAPTER = str(WORLD / "adapter")
 SD3 = str(WORLD / "sd3")
 if TRANSFORMERS.major < 5:
     _COPY = tempfile.TemporaryDirectory()

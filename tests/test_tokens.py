@@ -97,7 +97,7 @@ def test_wrong_text_embeddings_are_refused(fields: dict[str, Any], embeddings: t
     ("fields", "message"),
     [
         ({"family": ""}, "needs a family"),
-        ({"num_tokens": 0}, "num_tokens must be a whole number of at least 1, but it is 0"),
+        ({"num_tokens": 0}, "num_tokens must be a whole number of at least 1 and at most 65536, but it is 0"),
         ({"num_layers": 1.5}, "num_layers must be a whole number"),
         ({"token_dim": True}, "token_dim must be a whole number"),
         ({"num_timestep_bins": -1}, "num_timestep_bins must be"),
