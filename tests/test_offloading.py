@@ -13,8 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import tiny
-from diffusers_softrepa.compat import DIFFUSERS
 from diffusers_softrepa import SoftREPAConfig, load_softrepa, softrepa_parameters, unload_softrepa
+from diffusers_softrepa.compat import DIFFUSERS
 
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES, ids=lambda family: family.name)
@@ -41,6 +41,12 @@ def group_by_leaf(denoiser: nn.Module) -> None:
 OFFLOADS: tuple[Callable[[nn.Module], None], ...] = (sequential, whole_model, group_by_block, group_by_leaf)
 
 
+NEEDS_NEWER = pytest.mark.skipif(
+    Version("0.42") > DIFFUSERS and not torch.accelerator.is_available(),
+    reason="group offloading of an older diffusers needs an accelerator",
+)
+
+
 def adapter(denoiser: nn.Module) -> tuple[SoftREPAConfig, dict[str, torch.Tensor]]:
     config = SoftREPAConfig.for_denoiser(denoiser)
     generator = torch.Generator().manual_seed(1)
@@ -48,12 +54,6 @@ def adapter(denoiser: nn.Module) -> tuple[SoftREPAConfig, dict[str, torch.Tensor
 
 
 @every_family
-NEEDS_NEWER = pytest.mark.skipif(
-    Version("0.42") > DIFFUSERS and not torch.accelerator.is_available(),
-    reason="group offloading of an older diffusers needs an accelerator",
-)
-
-
 @NEEDS_NEWER
 @pytest.mark.parametrize("offload", OFFLOADS, ids=lambda offload: offload.__name__)
 @pytest.mark.parametrize("offloaded_first", [True, False])
