@@ -78,8 +78,8 @@ def test_help_tells_type_default_and_need_of_an_option(capsys: pytest.CaptureFix
 
 
 def test_an_unknown_command_is_a_sentence_and_status_2(capsys: pytest.CaptureFixture[str]):
-    assert softrepa_command.main(["trian"]) == 2
-    assert capsys.readouterr().err.startswith("error: there is no command 'trian'; the commands are train,")
+    assert softrepa_command.main(["trein"]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no command 'trein'; the commands are train,")
     assert softrepa_command.main([]) == 0
 
 
