@@ -166,7 +166,7 @@ def fetch(repo_id: str, filename: str, options: HubOptions) -> Path:
     path, again = _fetched(repo_id, filename, options), options.force_download
     if _is_whole(path) is not False:
         return path
-    if not (again or options.local_files_only or constants.is_offline_mode()):
+    if not (again or options.local_files_only or constants.HF_HUB_OFFLINE):
         logger.warning("%s of %s is damaged in the cache and is fetched again", filename, repo_id)
         path, again = _fetched(repo_id, filename, replace(options, force_download=True)), True
     if _is_whole(path) is False:
@@ -179,7 +179,7 @@ def fetch(repo_id: str, filename: str, options: HubOptions) -> Path:
 
 def may_be_fetched_again(path: Path, source: str, options: HubOptions) -> bool:
     """Whether an unreadable file came from the Hub in a form that cannot be checked, and could be had again."""
-    if options.force_download or options.local_files_only or constants.is_offline_mode() or Path(source).exists():
+    if options.force_download or options.local_files_only or constants.HF_HUB_OFFLINE or Path(source).exists():
         return False
     return _is_whole(path) is None
 
