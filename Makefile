@@ -17,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps --editable examples
 	touch $@
 
 demo: $(VENV)/.installed

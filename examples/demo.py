@@ -20,11 +20,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from PIL import Image
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
-from shapes_world.drawing import BASE, FOLDER, Measured, draw, framed, load_base, measure
+from shapes_world.drawing import BASE, FOLDER, Measured, draw, framed, gain, load_base, measure
 from shapes_world.train_adapter import RECIPE, pairs, train_tokens
 from shapes_world.world import SKILLS, Ask, prompts
 
@@ -124,8 +123,7 @@ def _table(found: dict[str, Measured], asks: Sequence[Ask]) -> str:
     for key in (*SKILLS, "total"):
         lines.append(f"   {key:14s}" + "".join(f"{100 * column[key]:8.1f} %" for column in columns.values()))
     before, after = (measured.correct.astype(float) for measured in found.values())
-    gain = 100 * (after - before)
-    lines[-1] += f"   {gain.mean():+.1f} ± {gain.std(ddof=1) / np.sqrt(len(gain)):.1f}"
+    lines[-1] += "   {:+.1f} ± {:.1f}".format(*gain(after, before))
     return "\n".join(lines)
 
 

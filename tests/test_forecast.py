@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import tiny
 from diffusers_softrepa.conditioning.conditions import take
 from diffusers_softrepa.pairs import pair_errors
+from diffusers_softrepa.quoting import human_bytes
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.estimate import Estimate, activation_bytes, human_bytes
+from diffusers_softrepa.training.estimate import Estimate, activation_bytes
 
 
 def photos(count: int = 13) -> list[dict[str, Any]]:

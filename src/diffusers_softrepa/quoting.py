@@ -62,3 +62,12 @@ def in_markdown(text: object, limit: int = 400) -> str:
     line = line.replace("://", "&#58;//").replace("www.", "www&#46;")  # what pages turn into links by themselves
     line = re.sub(r"^([-+](?=[\s-]|$)|[#=])", r"\\\1", line)
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
+
+
+def human_bytes(size: float) -> str:
+    """Returns a number of bytes in the unit that keeps it short, powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -18,6 +18,7 @@ from ..conditioning import Conditioner
 from ..conditioning.conditions import Conditions
 from ..objectives import Objective
 from ..pairs import pair_errors
+from ..quoting import human_bytes
 from .arguments import ContrastiveFlowMatchingArguments
 from .data.cache import estimate
 from .data.dataset import Examples
@@ -239,12 +240,3 @@ def _text_cache_bytes(
     if not args.cache_text or examples.count is None:
         return None
     return estimate({name: value[0] for name, value in conditions.items()}, sum(1 for _ in examples.captions()))
-
-
-def human_bytes(size: float) -> str:
-    """Returns a number of bytes in the unit that keeps it short, powers of 1000."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

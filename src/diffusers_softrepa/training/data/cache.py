@@ -30,6 +30,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...files import write_whole
+from ...quoting import human_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +120,12 @@ class TensorCache:
             self._present = self.num_bytes()
         needed, present = estimate(entry, count), self._present
         free = shutil.disk_usage(self.folder).free
-        what = f"{count} entries of {_human(estimate(entry, 1))} take {_human(needed)}"
-        there = f"{_human(present)} are in {self.folder.parent} and the disk has {_human(free)} free"
+        what = f"{count} entries of {human_bytes(estimate(entry, 1))} take {human_bytes(needed)}"
+        there = f"{human_bytes(present)} are in {self.folder.parent} and the disk has {human_bytes(free)} free"
         if self.max_cache_bytes is not None and present + needed > self.max_cache_bytes:
             raise CacheTooLarge(
-                f"the cache may take {_human(self.max_cache_bytes)}, but {what} where {there}; raise max_cache_bytes, "
-                "delete what other settings left there, or encode without a cache"
+                f"the cache may take {human_bytes(self.max_cache_bytes)}, but {what} where {there}; raise "
+                "max_cache_bytes, delete what other settings left there, or encode without a cache"
             )
         if needed > free:
             raise CacheTooLarge(f"{what}, but {there}; choose another disk, or encode without a cache")
@@ -144,7 +145,7 @@ class TensorCache:
                 raise
             raise OSError(
                 errno.ENOSPC,
-                f"the disk is full: {_human(len(content))} more of the cache could not be written; what is there "
+                f"the disk is full: {human_bytes(len(content))} more of the cache could not be written; what is there "
                 "stays and is used when filling goes on",
                 str(self.folder),
             ) from error
@@ -266,11 +267,3 @@ def _batches(names: list[str], size: int) -> Iterator[list[str]]:
 
 def _on_disk(size: int) -> int:
     return math.ceil(size / _BLOCK_BYTES) * _BLOCK_BYTES
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
