@@ -23,6 +23,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ SCENES = 60_000  # pictures that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
-EXACT_STEPS = 0.652  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
+EXACT_STEPS = 0.625  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
+# Share of a stage's steps in which the learning rate falls to zero. The two ways of writing come apart only then.
+COOL_DOWN_EXACT, COOL_DOWN_MIXED = 0.3, 0.7
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
 # true, false in one thing, or the caption of another picture.
 MIXTURE = {"exact": 0.40, "true": 0.18, "false": 0.27, "another": 0.15}
+WARM_UP = 100  # steps at the beginning of a stage, in which the learning rate rises
 NOISE_MEAN = 0.4  # of the logit of the noise level; what is drawn where is decided at high noise
 # How long the T5 part of the text is in training: all words fit, but pipelines that are told nothing pad it to 256.
 T5_LENGTHS, T5_SHARES = (models.MAX_WORDS, 64, 256), (0.96, 0.03, 0.01)
@@ -61,11 +65,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and results")
     parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=11_500, help="optimizer steps of both stages")
+    parser.add_argument("--steps", type=int, default=12_000, help="optimizer steps of both stages")
     parser.add_argument("--start", type=Path, help="pipeline that has the first stage behind it; its weights go on")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=250)
     args = parser.parse_args()
@@ -113,7 +117,7 @@ def train_vae(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
     run = Run(args, "vae", {"model": vae, "optimizer": optimizer})
     pixels = pictures(scenes(8192, args.seed + 1, free=True))  # more than it will see: it must not be the limit
-    for step in run.steps(args.vae_steps, optimizer):
+    for step in run.steps([Stage(args.vae_steps, COOL_DOWN_EXACT)], optimizer):
         batch = as_input(pixels[torch.from_numpy(run.rng(step).integers(len(pixels), size=args.batch_size // 2))])
         posterior = vae.encode(batch).latent_dist
         latents = posterior.mean + posterior.std * torch.randn_like(posterior.std) * NARROWER
@@ -150,7 +154,8 @@ def train_pipeline(args: argparse.Namespace) -> None:
     latents, drawn = encoded_pictures(args, vae)
     frozen_from = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
     texts: dict[str, tuple[Tensor, Tensor]] = {}
-    for step in run.steps(args.steps, optimizer):
+    stages = [Stage(frozen_from, COOL_DOWN_EXACT), Stage(args.steps - frozen_from, COOL_DOWN_MIXED)]
+    for step in run.steps(stages, optimizer):
         rng = run.rng(step)
         rows = rng.integers(len(drawn), size=args.batch_size)
         mixed = step >= frozen_from
@@ -265,10 +270,25 @@ def averaged(gradients: list[Tensor]) -> None:
         gradient.copy_(mean.view_as(gradient) / PROCESSES)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Steps with a learning rate that rises, stays and falls to zero.
+
+    Attributes:
+        steps: How many.
+        cool_down: Share of them, at the end, in which it falls.
+    """
+
+    steps: int
+    cool_down: float
+
+    def rate(self, step: int) -> float:
+        """Returns the share of the full learning rate at a step of this stage."""
+        return min(1, (step + 1) / WARM_UP, (self.steps - step) / (self.cool_down * self.steps))
+
+
 class Run:
     """The steps of one training: learning rate, checkpoints, log."""
-
-    WARM_UP, COOL_DOWN = 100, 0.7  # steps; share of steps
 
     def __init__(self, args: argparse.Namespace, name: str, state: dict[str, Any]) -> None:
         self._args, self._name, self._state = args, name, state
@@ -287,13 +307,13 @@ class Run:
         """Random numbers of one step, the same when it is repeated."""
         return np.random.default_rng((self._args.seed, step))
 
-    def steps(self, steps: int, optimizer: Any) -> Any:
-        """Counts the steps that are left."""
+    def steps(self, stages: Iterable[Stage], optimizer: Any) -> Iterator[int]:
+        """Counts the steps that are left of all stages."""
         self._optimizer, self._rate, began = optimizer, optimizer.defaults["lr"], time.perf_counter()
-        for step in range(self._done, steps):
+        rates = [stage.rate(step) for stage in stages for step in range(stage.steps)]
+        for step, rate in enumerate(rates[self._done :], self._done):
             self._step = step
             torch.manual_seed(self._args.seed + 1000 * step)
-            rate = min(1, (step + 1) / self.WARM_UP, (steps - step) / (self.COOL_DOWN * steps))
             for group in optimizer.param_groups:
                 group["lr"] = self._rate * rate
             yield step
