@@ -103,8 +103,8 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     ({"a": 0.5}, 0.5, TypeError, "holds the weights already"),
     ({"a": 0.5, "x": None}, None, ValueError, r"no soft-token adapter is named \['x'\]"),
     ({1: 0.5}, None, TypeError, "names of adapters must be strings, but there is 1"),
-    (0.5, None, TypeError, "names must be an adapter's name, several, or"),
-    (None, None, TypeError, "names must be an adapter's name"),
+    (0.5, None, TypeError, "adapter_names must be one name, several, or"),
+    (None, None, TypeError, "adapter_names must be one name, several, or"),
     (["a", 3], None, TypeError, "must be strings, but there is 3"),
 ]
 

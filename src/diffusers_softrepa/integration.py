@@ -123,7 +123,11 @@ def _state(denoiser: nn.Module) -> dict[str, Any]:
     adapters = adapters_of(denoiser)
     if adapters is None:
         return {}
-    return {"enabled": adapters.enabled, "weights": {name: adapters.weights.get(name) for name in adapters.names}}
+    state = adapters.state
+    return {
+        "enabled": state.enabled and not state.pauses,
+        "weights": {name: state.weights.get(name) for name in state.adapters},
+    }
 
 
 def _load_beside(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> None:
