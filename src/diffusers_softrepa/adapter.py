@@ -285,7 +285,8 @@ def make_adapter(
         trainable: Whether its tokens require gradients.
 
     Raises:
-        ValueError: The config does not fit the denoiser, or the initial embeddings do not fit the config.
+        ValueError: The config does not fit the denoiser, the initial embeddings do not fit the config, or the values
+            are too large for a denoiser in float16.
     """
     layers = layers_of(denoiser, config)
     with torch.inference_mode(False):
@@ -296,8 +297,22 @@ def make_adapter(
             tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
             tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
         tokens.requires_grad_(trainable).to(_device(denoiser))
+    _check_range(tokens, denoiser)
     stages = {block.path: block.group.stage for block in text_blocks(denoiser, family_of(denoiser))}
     return Adapter(config, tokens, layers, stages)
+
+
+def _check_range(tokens: SoftTokens, denoiser: Any) -> None:
+    """Raises if tokens may become infinite in the float16 of a denoiser, whose largest number is 65504."""
+    if getattr(denoiser, "dtype", None) is not torch.float16:
+        return
+    reach = sum(float(values.detach().abs().max()) for values in tokens.parameters())
+    largest = torch.finfo(torch.float16).max
+    if reach > largest:
+        raise ValueError(
+            f"the soft tokens hold numbers up to {reach:.4g}, but {type(denoiser).__name__} runs in float16, which is "
+            f"infinite beyond {largest:g}; load the model in bfloat16 or float32, or train the tokens anew"
+        )
 
 
 def attach(denoiser: nn.Module, name: str, adapter: Adapter) -> None:

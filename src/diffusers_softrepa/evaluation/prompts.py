@@ -9,13 +9,13 @@ load_prompts(["a red cat", "two dogs"])
 """
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json, read_json_lines
 from ..quoting import quoted
 
 TEXT_COLUMNS = ("prompt", "Prompt", "text", "caption")
@@ -109,7 +109,7 @@ def _check(prompt: Prompt) -> None:
 
 
 def _coco(path: Path, images: Path | None, captions_per_image: int) -> list[Prompt]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, max_bytes=1 << 30)
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(f"{path} must be a COCO captions file with `images` and `annotations`; it is another JSON")
     captions: dict[int, list[str]] = {}
@@ -127,7 +127,7 @@ def _coco(path: Path, images: Path | None, captions_per_image: int) -> list[Prom
 
 
 def _jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [value for _, value in read_json_lines(path)]
 
 
 def _tsv(path: Path) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import read_json
 from ..quoting import in_markdown
 from .statistics import clustered_mean, share_better
 
@@ -177,7 +177,7 @@ class EvaluationResult:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "EvaluationResult":
         """Returns the result that an evaluation left in its output folder."""
-        found = json.loads((Path(folder) / RESULTS_NAME).read_text(encoding="utf-8"))
+        found = read_json(Path(folder) / RESULTS_NAME)
         return cls(
             settings=found["settings"],
             prompts=[prompt["id"] for prompt in found["prompts"]],
