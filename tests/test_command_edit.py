@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 from PIL import Image
 
 import diffusers_softrepa
 import tiny
 from diffusers_softrepa.commands import edit, models
 from diffusers_softrepa.commands.settings import parse
-from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 from test_docs import blocks
 
 SHORT = ["--steps", "4", "--device", "cpu"]

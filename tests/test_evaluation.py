@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers_softrepa.evaluation.pictures import grid
 from PIL import Image
 
 import tiny
 from diffusers_softrepa import get_softrepa_adapters
 from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, ImageMetric, Metric, evaluate
 from diffusers_softrepa.evaluation.gallery import generator_seed
-from diffusers_softrepa.evaluation.pictures import grid
 from diffusers_softrepa.evaluation.statistics import clustered_mean, share_better
 from evaluation_runs import ADAPTERS, CALL, PROMPTS, REFERENCES, ColorDistance, Counted, brightness, pipeline, run
 
