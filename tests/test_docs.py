@@ -40,7 +40,7 @@ def make_photos(folder: Path) -> None:
     rng, lines = np.random.default_rng(0), []
     for number in range(4):
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) + "\n")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"image {number}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 

@@ -84,7 +84,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
     images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
-    captions = [{"image_id": number, "id": number, "caption": f"picture {number}"} for number in range(3)]
+    captions = [{"image_id": number, "id": number, "caption": f"image {number}"} for number in range(3)]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     edits = [
         {"image": "0.jpg", "source_prompt": "a cat", "target_prompt": "a dog"},
@@ -125,11 +125,11 @@ def test_the_papers_tables_are_made_from_the_authors_files(
         assert printed.count(f"| {name} |") == 2
     assert "| image_reward ↑ | 0.942 |" in printed and "| 1.085 |" in printed and "| +0.143 |" in printed
     assert "nan" not in printed
-    pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("0*.png"))
-    assert len(pictures) == 8
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in pictures}
+    images = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("0*.png"))
+    assert len(images) == 8
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in images}
     assert script.main(argv) == 0  # a second time nothing is drawn
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in pictures} == before
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in images} == before
     assert script.main([*argv, "--edit_steps", "5"]) == 2
     assert "holds edits made with" in capsys.readouterr().err
 
@@ -155,7 +155,7 @@ def test_missing_scorers_are_left_out_with_a_sentence(
         argv[argv.index("--hps_clip") + 1] = str(models / "clip")
     assert script.main([*argv, "--debug"]) == 0
     printed = capsys.readouterr().out
-    assert "image_reward is left out: ImageReward is scored by the package image-reward" in printed
+    assert "image_reward is left out: ImageReward needs the package image-reward, which cannot be imported" in printed
     assert "lpips is left out: LPIPS compares with the images of the captions; give --images" in printed
     assert "hps is left out: HPSv2 needs its checkpoint, but there is no file" in printed
     assert "| clip ↑ | 0.26" in printed
@@ -209,7 +209,7 @@ def test_adapters_are_compared_on_a_file_of_prompts(
     assert run("evaluate", [*argv, "--steps", "2"]) == 2
     assert "num_inference_steps was 1, is 2" in capsys.readouterr().err
     assert run("evaluate", [*argv, "--adapter", "other"]) == 2
-    assert "an adapter is given as NAME=SOURCE" in capsys.readouterr().err
+    assert "an adapter must be given as NAME=SOURCE" in capsys.readouterr().err
 
 
 def test_the_python_of_the_guide_runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
