@@ -127,18 +127,18 @@ def test_card_and_image_are_pushed(hub: Any, result: EvaluationResult, adapter: 
 
 def test_images_drawn_elsewhere_are_scored(tmp_path: Path):
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]
-    images[3].save(tmp_path / "3.png")
-    images = {"before": images[:2], "after": [images[2], tmp_path / "3.png"]}
+    drawn = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]
+    drawn[3].save(tmp_path / "3.png")
+    images = {"before": drawn[:2], "after": [drawn[2], tmp_path / "3.png"]}
     found = score(images, ["a cat", "a dog"], [FunctionMetric(brightness), ColorDistance(REFERENCES)])
-    expected = [np.asarray(image).mean() / 255 for image in images]
+    expected = [np.asarray(image).mean() / 255 for image in drawn]
     assert found.scores["brightness/all"].flatten().tolist() == pytest.approx(expected)
     assert found.row("after", "brightness/all").difference == pytest.approx(
         sum(expected[2:]) / 2 - sum(expected[:2]) / 2
     )
     assert len(found.distances["colors"]) == 2
     with pytest.raises(ValueError, match="an image for each of 2 prompts, but after has 1"):
-        score({"before": images[:2], "after": images[:1]}, ["a cat", "a dog"], [brightness])
+        score({"before": drawn[:2], "after": drawn[:1]}, ["a cat", "a dog"], [brightness])
 
 
 def test_the_oracle_of_the_shapes_world_is_a_metric_with_skills_as_categories(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ SHOWN = {
     "02_combine_and_steer": 4,
     "03_train_on_your_own_folder": 4,
     "04_publish_and_load_back": 1,
-    "05_edit_a_image": 4,
+    "05_edit_an_image": 4,
     "06_evaluate": 2,
 }
 MADE = {
@@ -55,7 +55,7 @@ assert points > error > 0
 assert set(hub.files("alice/shapes-tokens")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 assert fresh.get_softrepa_adapters() == {"softrepa": None, "v1": 1.0}
 """,
-    "05_edit_a_image": """
+    "05_edit_an_image": """
 assert [len(made) for made in everything.values()] == [len(edits)] * 3
 assert base.tobytes() != image.tobytes() and base.size == image.size
 assert all(0 <= table["all"]["done"] <= 1 for table in results.values())
