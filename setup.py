@@ -1,6 +1,6 @@
 """The long description of the package: README.md without its relative links, which lead nowhere on a package index.
 
-Everything else is in pyproject.toml. Once the repository has a public address, relative links can become absolute here.
+Everything else is in pyproject.toml. Once the repository has a public address, relative links can become absolute.
 """
 
 import re
@@ -10,7 +10,7 @@ from setuptools import setup
 
 
 def without_relative_links(text: str) -> str:
-    """Returns Markdown in which relative links are plain text; relative images go, with the caption in italics below."""
+    """Returns Markdown with relative links as plain text, and without relative images and the captions below them."""
     relative = r"\((?!https?://|#)[^)]*\)"
     text = re.sub(rf"!\[[^\]]*\]{relative}\n*(\*[^*]+\*\n*)?", "", text)
     return re.sub(rf"\[([^\]]*)\]{relative}", r"\1", text)

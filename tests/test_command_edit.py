@@ -70,7 +70,7 @@ def test_the_python_of_the_editing_guide_runs(files: Path, monkeypatch: pytest.M
 
 def test_the_command_of_the_editing_guide_is_understood(command: SimpleNamespace):
     (line,) = blocks("editing.md", "bash")
-    argv = shlex.split(line)
+    argv = shlex.split(line.replace("\\\n", " "))
     assert argv[:2] == ["softrepa", "edit"]
     (_, given) = parse("edit", "", (models.PipelineOptions, edit.EditOptions), argv[2:])
     assert (given.image, given.adapter, given.adapter_target_guidance_scale) == (["cat.png"], "my-tokens", 10.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+import command_options
 import softrepa_command
 import tokenizers4
 from diffusers_softrepa.checkpoint import load_checkpoint
@@ -110,6 +112,16 @@ def test_an_error_is_one_line_and_a_status(
     assert capsys.readouterr().err == line + "\n"
     with pytest.raises(type(error)) if status != 130 else pytest.MonkeyPatch.context():
         run("info", ["--debug"])
+
+
+def test_the_options_on_the_page_of_commands_are_those_that_help_prints(capsys: pytest.CaptureFixture[str]):
+    page = command_options.PAGE.read_text(encoding="utf-8")
+    assert sorted(command_options.named(page)) == sorted(softrepa_command.COMMANDS.keys() - {"convert"})
+    assert command_options.with_options(page) == page, "run `python tests/command_options.py`"
+    run("push", ["--help"])
+    assert set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"} == set(
+        re.findall(r"`(--\w+)`", command_options.table("push"))
+    )
 
 
 # Output.

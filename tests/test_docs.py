@@ -31,8 +31,10 @@ SHORT = {
 
 
 def blocks(page: str, language: str, *, marked: bool = False) -> list[str]:
+    """Returns the blocks of a page in a language, for a machine without a GPU."""
     mark = r"<!-- run -->\n" if marked else ""
-    return re.findall(rf"{mark}```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(rf"{mark}```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [block.replace('"cuda"', '"cpu"') for block in found]
 
 
 def make_photos(folder: Path) -> None:

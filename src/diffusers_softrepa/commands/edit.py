@@ -50,10 +50,13 @@ class EditOptions:
     dry_run: bool = option("Print the settings and the files that would be written, and stop.", False)
 
 
+MEANING = "Edits images by text with FlowEdit, without and with an adapter, side by side."
+OPTIONS = (PipelineOptions, EditOptions)
+
+
 def main(argv: Sequence[str]) -> list[Path]:
     """Edits the images, prints the paths of the files that were written, and returns them."""
-    meaning = "Edits images by text with FlowEdit, without and with an adapter, side by side."
-    pipeline, given = parse("edit", meaning, (PipelineOptions, EditOptions), argv)
+    pipeline, given = parse("edit", MEANING, OPTIONS, argv)
     prompts = (_one_each(given.source, given.image, "--source"), _one_each(given.target, given.image, "--target"))
     if given.dry_run:
         files = [free_path(Path(given.output) / Path(path).stem, ".png") for path in given.image]

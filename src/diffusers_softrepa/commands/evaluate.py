@@ -45,14 +45,13 @@ class EvaluateOptions:
     dry_run: bool = option("Print what would be drawn, and stop.", False)
 
 
+MEANING = "Compares the base model and adapters on a set of prompts."
+OPTIONS = (PipelineOptions, EvaluateOptions)
+
+
 def main(argv: Sequence[str]) -> None:
     """Evaluates and prints the table of results."""
-    pipeline, given = parse(
-        "evaluate",
-        "Compares the base model and adapters on a set of prompts.",
-        (PipelineOptions, EvaluateOptions),
-        argv,
-    )
+    pipeline, given = parse("evaluate", MEANING, OPTIONS, argv)
     prompts = load_prompts(given.prompts, column=given.column, split=given.split, limit=given.limit)
     sources = [_named(adapter) for adapter in given.adapter]
     settings: list[Any] = [None]

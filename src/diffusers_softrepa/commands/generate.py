@@ -36,14 +36,13 @@ class GenerateOptions:
     dry_run: bool = option("Print the settings and the file that would be written, and stop.", False)
 
 
+MEANING = "Draws prompts without and with an adapter from the same noise, side by side."
+OPTIONS = (PipelineOptions, GenerateOptions)
+
+
 def main(argv: Sequence[str]) -> None:
     """Draws the grid and prints the path of its file."""
-    pipeline, given = parse(
-        "generate",
-        "Draws prompts without and with an adapter from the same noise, side by side.",
-        (PipelineOptions, GenerateOptions),
-        argv,
-    )
+    pipeline, given = parse("generate", MEANING, OPTIONS, argv)
     path = free_path(given.out, ".png")
     if given.dry_run:
         print(f"{show(given)}\nwould write {path}")

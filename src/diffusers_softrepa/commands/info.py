@@ -14,8 +14,8 @@ from ..hub import HubOptions
 from ..quoting import human_bytes, one_line
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the contents of an adapter."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="softrepa info",
         description="Prints what an adapter contains and which denoisers it fits. The adapter is checked.",
@@ -27,7 +27,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", metavar="TEXT", help="Hub token; the stored one unless given")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the contents of an adapter."""
+    given = parser().parse_args(argv)
     options = HubOptions(subfolder=given.subfolder, revision=given.revision, token=given.token)
     config, tensors = load_checkpoint(given.source, options=options)
     settings = {name: value for name, value in sorted(config.to_dict().items()) if value is not None}

@@ -13,8 +13,8 @@ from ..hub import CARD_NAME, check_login, push_folder
 _FILES = ("adapter_model.safetensors", "adapter_config.json", CARD_NAME)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Uploads the folder and prints the URL of the commit."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="softrepa push",
         description="Uploads an adapter's folder to the Hugging Face Hub. The adapter is checked first.",
@@ -29,7 +29,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--commit_message", metavar="TEXT", help="message of the commit")
     parser.add_argument("--token", metavar="TEXT", help="Hub token; the stored one unless given")
     parser.add_argument("--dry_run", action="store_true", help="print what would be uploaded, and stop")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Uploads the folder and prints the URL of the commit."""
+    given = parser().parse_args(argv)
     folder = Path(given.folder).expanduser()
     load_checkpoint(folder)
     files = [name for name in _FILES if (folder / name).is_file()]

@@ -60,6 +60,32 @@ class Parser(HfArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
+def parser_of(name: str, meaning: str, classes: Sequence[type]) -> Parser:
+    """Returns the parser of a sub-command.
+
+    Args:
+        name: Name of the sub-command.
+        meaning: What the sub-command does, for `--help`.
+        classes: Dataclasses of settings.
+    """
+    types: list[Any] = list(classes)
+    parser = Parser(
+        types,
+        prog=f"softrepa {name}",
+        description=meaning,
+        usage=f"softrepa {name} [settings.yaml | --config settings.yaml] [--option value ...]",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _show_types(parser, classes)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of options; the command line takes precedence."
+    )
+    # `run` removes this option from the command line before; it is added here so that --help lists it.
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
 def parse(
     name: str,
     meaning: str,
@@ -86,21 +112,7 @@ def parse(
     words = list(argv)
     if words and words[0].endswith(CONFIG_SUFFIXES):
         words = ["--config", *words]
-    types: list[Any] = list(classes)
-    parser = Parser(
-        types,
-        prog=f"softrepa {name}",
-        description=meaning,
-        usage=f"softrepa {name} [settings.yaml | --config settings.yaml] [--option value ...]",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-    )
-    _show_types(parser, classes)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML or JSON file of options; the command line takes precedence."
-    )
-    # `run` removes this option from the command line before; it is added here so that --help lists it.
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser = parser_of(name, meaning, classes)
     known = {action.dest: action for action in parser._actions}
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")

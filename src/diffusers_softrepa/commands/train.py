@@ -70,6 +70,10 @@ class DataOptions:
     streaming: bool = option("Read data sets of the Hub while they are downloaded, without storing them.", False)
 
 
+MEANING = "Trains soft tokens on your own images; `accelerate launch -m diffusers_softrepa train` on several GPUs."
+OPTIONS = (ModelOptions, DataOptions, ContrastiveFlowMatchingArguments)
+
+
 def settings(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, ContrastiveFlowMatchingArguments]:
     """Returns the settings of a command line and of the settings file that it names.
 
@@ -77,9 +81,7 @@ def settings(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, Contrastiv
         ValueError: A setting is unknown, missing or out of range, or the file is not YAML or JSON.
         OSError: There is no such file.
     """
-    classes = (ModelOptions, DataOptions, ContrastiveFlowMatchingArguments)
-    meaning = "Trains soft tokens on your own images; `accelerate launch -m diffusers_softrepa train` on several GPUs."
-    model, data, args = parse("train", meaning, classes, argv, renamed=with_new_names)
+    model, data, args = parse("train", MEANING, OPTIONS, argv, renamed=with_new_names)
     return model, data, args
 
 
