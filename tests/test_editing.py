@@ -341,24 +341,30 @@ def test_the_progress_bar_is_the_pipelines_own(pipe: DiffusionPipeline, capsys: 
         ({"strength": 0.2}, r"leave a step to run, but got 0.2 of 4"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer but got 0"),
         ({"num_averages": 0}, "num_averages must be at least 1 but got 0"),
-        ({"source_guidance_scale": 0.0}, "guidance scales must be positive, and 1.0 is none, but got 0.0"),
+        ({"source_guidance_scale": 0.0}, "guidance scales must be positive, where 1.0 is no guidance, but one is 0.0"),
         ({"target_guidance_scale": float("nan")}, "guidance scales must be positive"),
         ({"adapter_scope": "source"}, r"adapter_scope must be one of \('both', 'target', 'none'\) but got 'source'"),
         ({"output_type": "jpg"}, r"output_type must be one of .* but got 'jpg'"),
-        ({"generator": [torch.Generator()] * 3}, "one per image: 3 for 1 images"),
+        ({"generator": [torch.Generator()] * 3}, "a list of one for each image, but there are 3 for 1 images"),
         ({"source": [SOURCE, SOURCE], "target": [TARGET] * 3}, "1 images, 2 source prompts, 3 target prompts"),
         ({"image": torch.rand(2, 3, 16, 24), "target": [TARGET] * 3}, "2 images, 1 source prompts, 3 target"),
         ({"negative_prompt": [""] * 2, "target": [TARGET] * 3}, "3 target prompts, 2 negative prompts"),
-        ({"target": []}, "target_prompt must be at least one, but the list is empty"),
-        ({"image": []}, "there is no image to edit"),
+        ({"target": []}, "target_prompt must contain at least one prompt, but the list is empty"),
+        ({"image": []}, "there must be at least one image, but the list is empty"),
         (
             {"image": [torch.rand(3, 16, 16), torch.rand(3, 16, 24)]},
-            r"one size, but are \[\(16, 16\), \(16, 24\)\]; give",
+            r"one size, but have \[\(16, 16\), \(16, 24\)\]; give",
         ),
-        ({"image": torch.rand(3, 16, 16) * 2 - 1}, r"numbers in \[0, 1\]; \(pixels \+ 1\) / 2 brings"),
-        ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8)}, r"floating numbers in \[0, 1\].* torch.uint8 of shape"),
-        ({"image": torch.rand(1, 16, 16)}, r"floating numbers in \[0, 1\].* of shape \(1, 16, 16\)"),
-        ({"image": np.zeros((16, 16))}, r"floating numbers in \[0, 1\].* of shape \(16, 16\)"),
+        (
+            {"image": torch.rand(3, 16, 16) * 2 - 1},
+            r"values of images must be in \[0, 1\]; convert those in \[-1, 1\] by \(pixels \+ 1\) / 2",
+        ),
+        (
+            {"image": torch.zeros(3, 16, 16, dtype=torch.uint8)},
+            r"floating-point arrays .* in \[0, 1\].* torch.uint8 of shape",
+        ),
+        ({"image": torch.rand(1, 16, 16)}, r"floating-point arrays .* in \[0, 1\].* of shape \(1, 16, 16\)"),
+        ({"image": np.zeros((16, 16))}, r"floating-point arrays .* in \[0, 1\].* of shape \(16, 16\)"),
         ({"image": torch.rand(3, 16, 2)}, "multiples of 4 px .* but are 16 x 0"),
         ({"height": 15}, "multiples of 4 px .* but are 15 x 24"),
     ],
@@ -380,11 +386,11 @@ def test_what_cannot_be_edited_is_refused_before_anything_runs(
         ({"target": [None]}, "target_prompt must be a string or a list of strings"),
         (
             {"image": "cat.png"},
-            r"must be PIL images, arrays or tensors, all of one kind, but are \['str'\]; .*load_image",
+            r"must be PIL images, arrays or tensors, all of one type, but are \['str'\]; .*load_image",
         ),
         (
             {"image": [Image.new("RGB", (16, 16)), torch.rand(3, 16, 16)]},
-            r"all of one kind, but are \['Image', 'Tensor'\]",
+            r"all of one type, but are \['Image', 'Tensor'\]",
         ),
     ],
 )
@@ -395,21 +401,19 @@ def test_what_is_of_a_wrong_type_is_refused(pipe: DiffusionPipeline, change: dic
 
 @pytest.mark.parametrize("make", [tiny.sd15_pipeline, tiny.sdxl_pipeline])
 def test_a_denoiser_that_did_not_learn_flow_matching_is_refused(make: Any):
-    with pytest.raises(
-        ValueError, match=r"needs a denoiser that learned flow matching, .* epsilon; use invert and reg"
-    ):
+    with pytest.raises(ValueError, match=r"needs a denoiser trained by flow matching, .* epsilon; use invert and reg"):
         flow_edit(make(), make_images(), SOURCE, TARGET)
 
 
 def test_a_distilled_denoiser_reads_no_negative_prompt():
-    with pytest.raises(ValueError, match="FluxTransformer2DModel is told its guidance scale and reads no negative"):
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is guidance-distilled and takes no negative prompt"):
         edit(tiny.flux_pipeline(guidance_embeds=True), negative_prompt="a tree")
 
 
 def test_a_scheduler_of_second_order_is_refused(pipe: DiffusionPipeline):
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     with pytest.raises(
-        ValueError, match="levels that fall from step to step, but FlowMatchHeunDiscreteScheduler makes"
+        ValueError, match="levels that decrease with every step, but FlowMatchHeunDiscreteScheduler makes"
     ):
         edit(pipe)
 

@@ -247,7 +247,7 @@ def test_a_prompt_of_a_hundred_thousand_characters_is_refused_or_drawn_and_never
         assert len(again(folder, tmp_path / "log.txt", prompts=endless, allow_truncation=True)) == 2
     with Image.open(folder / "grid.png") as sheet:
         assert sheet.height < 1500
-    assert EvaluationResult.load(folder).texts == [endless[0].text.strip()]
+    assert EvaluationResult.load(folder).texts == [endless[0].text]
 
 
 def test_names_of_settings_that_differ_in_case_alone_are_refused(tmp_path: Path):

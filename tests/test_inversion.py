@@ -193,7 +193,7 @@ def test_what_cannot_be_inverted_is_refused(pipe: DiffusionPipeline):
         invert(pipe, image(2), [PROMPT] * 3)
     with pytest.raises(ValueError, match=r"needs latents \(n, 4, h, w\) .* but they are \(1, 3, 16, 16\)"):
         regenerate(pipe, image(), PROMPT)
-    with pytest.raises(ValueError, match=r"latents must be \(n, C, h, w\) .* but are of shape \(1, 4, 64\)"):
+    with pytest.raises(ValueError, match=r"latents must have the shape \(n, C, h, w\), .* but have \(1, 4, 64\)"):
         regenerate(pipe, torch.zeros(1, 4, 64), PROMPT)
     with pytest.raises(ValueError, match="output_type must be one of"):
         regenerate(pipe, torch.zeros(1, 4, 8, 8), PROMPT, output_type="jpg")

@@ -133,10 +133,10 @@ def test_another_checkpoint_is_refused_by_name(hps: Any, tmp_path: Path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="must be an open_clip CLIP, but holds 'weight'"):
         HPSv2(weights=tmp_path / "other.pt", processing=str(processing)).setup(CPU)
-    with pytest.raises(OSError, match=r"there is no file .*nowhere.pt; give weights= its path"):
+    with pytest.raises(OSError, match=r"there is no file .*nowhere.pt; pass its path as weights"):
         HPSv2(weights=tmp_path / "nowhere.pt", processing=str(processing)).setup(CPU)
     (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match="is no checkpoint of tensors alone"):
+    with pytest.raises(ValueError, match="is not a checkpoint that holds only tensors"):
         HPSv2(weights=tmp_path / "pickle.pt", processing=str(processing)).setup(CPU)
     with pytest.raises(ValueError, match="has the versions"):
         HPSv2("v3")  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ def images_of_grid(sheet: Image.Image, captions: Sequence[str], columns: int) ->
         columns: Number of images in each row.
 
     Returns:
-        A list of images for each row; an empty list if the grid was made with other captions.
+        A list of images for each row; an empty list if the image cannot be such a grid.
     """
     width = sheet.width // columns
     heights = [_label(caption, width, width * columns).height for caption in captions]

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from ...compat import ClipProcessor, pooled
 from ...hub import HubOptions, fetch
+from ...quoting import one_line
 from ..prompts import Prompt
 from .loading import load
 from .metric import ImageMetric
@@ -183,6 +184,6 @@ class HPSv2(ImageMetric[ClipEncoder]):
             ) from error
         except Exception as error:  # a damaged stream makes the reader raise almost anything
             raise ValueError(
-                f"{path} is not a checkpoint that holds only tensors ({error}); download it again"
+                f"{path} is not a checkpoint that holds only tensors ({one_line(error, 80)}); download it again"
             ) from error
         return content.get("state_dict", content)
