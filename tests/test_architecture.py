@@ -12,6 +12,7 @@ ROOT = Path(diffusers_softrepa.__file__).parent
 # Room -> the rooms it may import.
 ARROWS: dict[str, set[str]] = {
     "quoting": set(),
+    "fingerprints": set(),
     "hub_ids": set(),
     "other_adapters": set(),
     "files": {"quoting"},
@@ -38,7 +39,18 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"pairs"},
     "conditioning": {"compat", "families", "noising", "pipeline"},
     "editing": {"conditioning", "noising", "pipeline"},
-    "evaluation": {"card", "checkpoint", "compat", "config", "denoisers", "files", "hub", "pipeline", "quoting"},
+    "evaluation": {
+        "card",
+        "checkpoint",
+        "compat",
+        "config",
+        "denoisers",
+        "files",
+        "fingerprints",
+        "hub",
+        "pipeline",
+        "quoting",
+    },
     "commands": {
         "checkpoint",
         "compat",

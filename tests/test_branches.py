@@ -36,7 +36,7 @@ def adapted(name: str, *, weight: Any = 1.0, branch: str = "positive") -> Any:
     pipe = GUIDED[name].make()
     config = SoftREPAConfig.for_denoiser(denoiser_of(pipe), num_timestep_bins=10)
     generator = torch.Generator().manual_seed(7)
-    load_softrepa(pipe, {k: torch.randn(v, generator=generator) for k, v in config.shapes.items()}, config)
+    load_softrepa(pipe, {k: torch.randn(v, generator=generator) for k, v in config.shapes.items()}, config=config)
     pipe.set_softrepa("softrepa", weight, guidance_branch=branch)
     return pipe
 

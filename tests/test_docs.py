@@ -31,8 +31,10 @@ SHORT = {
 
 
 def blocks(page: str, language: str, *, marked: bool = False) -> list[str]:
+    """Returns the blocks of a page in a language, for a machine without a GPU."""
     mark = r"<!-- run -->\n" if marked else ""
-    return re.findall(rf"{mark}```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    found = re.findall(rf"{mark}```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [block.replace('"cuda"', '"cpu"') for block in found]
 
 
 def make_photos(folder: Path) -> None:
@@ -40,7 +42,7 @@ def make_photos(folder: Path) -> None:
     rng, lines = np.random.default_rng(0), []
     for number in range(4):
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) + "\n")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"image {number}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 

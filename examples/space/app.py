@@ -56,8 +56,8 @@ SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica",
 SYSTEM_MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 CSS = """
 .gradio-container > .main { max-width: 940px; margin: 0 auto; padding: 1rem; }
-.picture img { image-rendering: pixelated; object-fit: scale-down; }
-.picture [data-testid="status-tracker"]:has(.error) { display: none; } /* the sentence is enough; pictures stay */
+.drawn img { image-rendering: pixelated; object-fit: scale-down; }
+.drawn [data-testid="status-tracker"]:has(.error) { display: none; } /* the sentence is enough; images stay */
 .verdict { min-height: 1.8em; }
 .verdict p { text-align: center; font-size: 1.15em; }
 #status { min-height: 1.6em; }
@@ -117,8 +117,8 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
                 fresh = gr.Button("New noise", elem_id="fresh")
         with gr.Row():
             (base, base_verdict), (tuned, tuned_verdict) = (
-                _picture("Base model", "base"),
-                _picture("With the adapter", "adapter"),
+                _image("Base model", "base"),
+                _image("With the adapter", "adapter"),
             )
         status = gr.Markdown(elem_id="status")
         weight = gr.Slider(
@@ -133,8 +133,8 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
         )
         with gr.Row():
             seed = gr.Number(0, label="First seed of the noises", precision=0, min_width=160, elem_id="seed")
-            pictures = gr.Radio(
-                COUNTS, value=COUNTS[1] if embedded else COUNTS[0], label="Pictures", min_width=160, elem_id="pictures"
+            images = gr.Radio(
+                COUNTS, value=COUNTS[1] if embedded else COUNTS[0], label="Images", min_width=160, elem_id="images"
             )
             scale = gr.Slider(0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance scale", min_width=160, buttons=[])
             count = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", min_width=160, buttons=[])
@@ -143,7 +143,7 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
             gr.Markdown(CHOSEN, elem_id="chosen")
         names = _fixed_names(pipeline, adapter) if fixed else _name_fields(pipeline, adapter)
 
-        everything = [prompt, seed, pictures, scale, count, weight, *names]
+        everything = [prompt, seed, images, scale, count, weight, *names]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "pipeline"}
         alone, both = comparison(studio)
         outputs = [base, base_verdict, tuned, tuned_verdict, status]
@@ -163,7 +163,7 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
 
 
 def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns what draws for the page: the base's pictures alone, and both models' with a line about them.
+    """Returns what draws for the page: the base's images alone, and both models' with a line about them.
 
     Both have the same inputs and outputs. What the first has drawn the second does not draw again.
     """
@@ -171,7 +171,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def alone(
         prompt: str,
         seed: int,
-        pictures: int,
+        images: int,
         guidance_scale: float,
         steps: int,
         weight: float,
@@ -180,7 +180,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio looks for it here)
     ) -> tuple[Any, ...]:
         with _sentences():
-            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(pictures)
+            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(images)
             known = all(studio.knows(order) for order in orders)
             plain = [studio.draw(order, on_step=step) for order, step in _bars(progress, "Base model", orders)]
         return (*_shown(orders[0], plain), *((gr.skip(),) * 3 if known else (None, "", "")))
@@ -188,7 +188,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def both(
         prompt: str,
         seed: int,
-        pictures: int,
+        images: int,
         guidance_scale: float,
         steps: int,
         weight: float,
@@ -198,7 +198,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     ) -> tuple[Any, ...]:
         started = time.perf_counter()
         with _sentences():
-            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(pictures)
+            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(images)
             plain = [studio.draw(order, on_step=step) for order, step in _bars(progress, "Base model", orders)]
             known = all(studio.knows(order, adapter or "", weight) for order in orders)
             bars = _bars(progress, "With the adapter", orders)
@@ -212,7 +212,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _shown(order: Order, images: Sequence[Image.Image]) -> tuple[Image.Image, str]:
-    """Returns pictures as one, and what the oracle says of them."""
+    """Returns images as one, and what the oracle says of them."""
     verdicts = read_by_oracle(order, images)
     if verdicts is not None:
         said = f"**{sum(verdicts)} of {len(verdicts)}** right"
@@ -244,8 +244,8 @@ def _sentences() -> Iterator[None]:
         raise gr.Error(str(problem), print_exception=False) from problem
 
 
-def _picture(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
-    """Returns where pictures are shown, and below it where it is said how many of them are right."""
+def _image(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
+    """Returns where images are shown, and below it where it is said how many of them are right."""
     with gr.Column():
         image = gr.Image(
             label=label,
@@ -254,7 +254,7 @@ def _picture(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
             height=480,
             buttons=["download"],
             elem_id=name,
-            elem_classes="picture",
+            elem_classes="drawn",
         )
         return image, gr.Markdown(elem_id=f"{name}_verdict", elem_classes="verdict")
 

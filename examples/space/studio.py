@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
 # The shapes world lies beside this folder in the repository, and inside it on a Space.
 PLACES = (Path(), HERE, HERE.parent)
-EMBEDDED = "shapes_world/sd3"  # the pipeline whose pictures an oracle can read
+EMBEDDED = "shapes_world/sd3"  # the pipeline whose images an oracle can read
 MOST_CHARACTERS = 300
 MOST_STEPS = 100
 MOST_GUIDANCE = 20
-COUNTS = (1, 4, 9)  # pictures of one order, in a square
-MOST_WORK = 400  # steps of all pictures of one order
+COUNTS = (1, 4, 9)  # images of one order, in a square
+MOST_WORK = 400  # steps of all images of one order
 SEEDS = 2**32
 SHOWN_SIDE = 384
 FRAME = 4
@@ -44,7 +44,7 @@ class CannotDraw(ValueError):
 
 @dataclass(frozen=True)
 class Order:
-    """What is drawn. Equal orders give equal pictures.
+    """What is drawn. Equal orders give equal images.
 
     Attributes:
         prompt: What to draw, at most 300 characters.
@@ -77,27 +77,27 @@ class Order:
         _check_number("number of steps", self.steps, 1, MOST_STEPS, whole=True)
 
     def series(self, count: int) -> list["Order"]:
-        """Returns the orders of `count` pictures, which differ in their seeds: this one's, the next one's, ...
+        """Returns the orders of `count` images, which differ in their seeds: this one's, the next one's, ...
 
         Raises:
-            CannotDraw: It is no number of pictures that is drawn here, or they take too many steps together.
+            CannotDraw: It is no number of images that is drawn here, or they take too many steps together.
         """
         if count not in COUNTS:
             shown = "missing" if count is None else repr(count)
-            raise CannotDraw(f"The number of pictures must be one of {', '.join(map(str, COUNTS))}, but is {shown}.")
+            raise CannotDraw(f"The number of images must be one of {', '.join(map(str, COUNTS))}, but is {shown}.")
         if count * self.steps > MOST_WORK:
             raise CannotDraw(
-                f"{count} pictures of {self.steps} steps take {count * self.steps} steps, but at most {MOST_WORK} are "
+                f"{count} images of {self.steps} steps take {count * self.steps} steps, but at most {MOST_WORK} are "
                 "drawn at once; choose fewer of either."
             )
         return [replace(self, seed=(self.seed + place) % SEEDS) for place in range(count)]
 
 
 class Studio:
-    """One pipeline, one adapter on it, and the last pictures, for any number of threads.
+    """One pipeline, one adapter on it, and the last images, for any number of threads.
 
     Args:
-        kept: How many pictures are kept, so that none is drawn twice.
+        kept: How many images are kept, so that none is drawn twice.
     """
 
     def __init__(self, kept: int = 64) -> None:
@@ -105,7 +105,7 @@ class Studio:
         self._pipe: Any = None
         self._pipeline: str | None = None
         self._adapter: str | None = None
-        self._pictures: OrderedDict[tuple[Order, str | None, float], Image.Image] = OrderedDict()
+        self._images: OrderedDict[tuple[Order, str | None, float], Image.Image] = OrderedDict()
         self._kept = kept
 
     def prepare(self, pipeline: str, adapter: str | None = None) -> Any:
@@ -126,9 +126,9 @@ class Studio:
             return self._pipe
 
     def knows(self, order: Order, adapter: str | None = None, weight: float = 0.0) -> bool:
-        """Says whether a picture is there already."""
+        """Says whether an image is there already."""
         with self._lock:
-            return (order, adapter, weight) in self._pictures
+            return (order, adapter, weight) in self._images
 
     def draw(
         self,
@@ -137,7 +137,7 @@ class Studio:
         weight: float = 0.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Image.Image:
-        """Returns a picture, drawn now or before.
+        """Returns an image, drawn now or before.
 
         Args:
             order: What to draw.
@@ -153,28 +153,28 @@ class Studio:
             raise CannotDraw("The adapter is empty; give a folder or a Hub id.")
         key = (order, adapter, float(weight))
         with self._lock:
-            if key not in self._pictures:
+            if key not in self._images:
                 pipe = self.prepare(order.pipeline, adapter)
                 if adapter is not None:
                     pipe.enable_softrepa()
                     pipe.set_softrepa(list(pipe.get_softrepa_adapters()), weight)
                 elif self._adapter is not None:
                     pipe.disable_softrepa()
-                self._pictures[key] = _call(pipe, order, on_step)
-                if len(self._pictures) > self._kept:
-                    self._pictures.popitem(last=False)
-            self._pictures.move_to_end(key)
-            return self._pictures[key]
+                self._images[key] = _call(pipe, order, on_step)
+                if len(self._images) > self._kept:
+                    self._images.popitem(last=False)
+            self._images.move_to_end(key)
+            return self._images[key]
 
 
 def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
-    """Returns a small picture enlarged by a whole factor, each pixel a square; others as they are."""
+    """Returns a small image enlarged by a whole factor, each pixel a square; others as they are."""
     factor = max(1, side // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def sheet(images: Sequence[Image.Image], verdicts: Sequence[bool] | None = None) -> Image.Image:
-    """Returns pictures in a square, small ones enlarged; with verdicts in frames, green where right, red where not."""
+    """Returns images in a square, small ones enlarged; with verdicts in frames, green where right, red where not."""
     columns = math.ceil(math.sqrt(len(images)))
     cells = [enlarged(image, SHOWN_SIDE // columns).convert("RGB") for image in images]
     if verdicts is not None:
@@ -189,7 +189,7 @@ def sheet(images: Sequence[Image.Image], verdicts: Sequence[bool] | None = None)
 
 
 def read_by_oracle(order: Order, images: Sequence[Image.Image]) -> list[bool] | None:
-    """Returns which pictures show exactly what was asked; None of other pipelines, and of prompts it cannot read."""
+    """Returns which images show exactly what was asked; None of other pipelines, and of prompts it cannot read."""
     if order.pipeline != EMBEDDED:
         return None
     from shapes_world.oracle import judge  # here, because a Space of another pipeline comes without the shapes world
@@ -261,7 +261,7 @@ def _call(pipe: Any, order: Order, on_step: Callable[[int, int], None] | None) -
         logger.exception("drawing %s failed", order)
         raise CannotDraw(f"{type(pipe).__name__} could not draw this: {_first_line(error)}") from error
     if "images" not in made:
-        raise CannotDraw(f"{type(pipe).__name__} draws no single pictures.")
+        raise CannotDraw(f"{type(pipe).__name__} draws no single images.")
     return made.images[0]
 
 

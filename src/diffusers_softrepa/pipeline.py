@@ -38,9 +38,9 @@ DEFAULT_NAME = "softrepa"
 def load_softrepa(
     target: Any,
     source: str | os.PathLike[str] | Mapping[str, Tensor],
-    config: SoftREPAConfig | None = None,
     adapter_name: str | None = None,
     *,
+    config: SoftREPAConfig | None = None,
     hotswap: bool = False,
     is_trainable: bool = False,
     weight_name: str | None = None,
@@ -60,8 +60,8 @@ def load_softrepa(
         source: A Hub repository id or a pasted address of the Hub, a folder, a safetensors file, or a state dict. For
             several denoisers: a repository or folder with a subfolder for each component, or a dict of state dicts by
             component; those that are not there get none.
-        config: Needed with a state dict; elsewhere it replaces the stored one.
         adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
+        config: Needed with a state dict; elsewhere it replaces the stored one.
         hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
         is_trainable: Whether its tokens require gradients.
         weight_name: File name instead of `adapter_model.safetensors`.
@@ -82,8 +82,12 @@ def load_softrepa(
         OSError: The source cannot be found or reached.
         TypeError: An argument has the wrong type or name.
     """
+    if isinstance(adapter_name, SoftREPAConfig):
+        raise TypeError(
+            "adapter_name must be a string, but is a SoftREPAConfig; give the config by keyword: config=..."
+        )
     if config is not None and not isinstance(config, SoftREPAConfig):
-        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}; was adapter_name={config!r} meant?")
+        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}")
     if use_safetensors is False:
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:

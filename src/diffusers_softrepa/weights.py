@@ -48,7 +48,9 @@ def weights_by_name(names: Any, weights: Any = None) -> dict[str, Any]:
         return chosen
     several = [names] if isinstance(names, str) else _listed(names)
     if several is None:
-        raise TypeError(f"adapter_names must be one name, several, or {{name: weight}}, but are {_shown(names)}")
+        raise TypeError(
+            f"adapter_names must be an adapter's name, several, or {{name: weight}}, but are {_shown(names)}"
+        )
     _check_names(several)
     each = _each(several, 1.0 if weights is None else weights, single=isinstance(names, str))
     if len(set(several)) != len(several) or len(several) != len(each):

@@ -1,0 +1,66 @@
+"""The tables of options in docs/command.md, made from the parsers: `python tests/command_options.py` writes them."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusers_softrepa.commands import edit, evaluate, generate, info, push, train
+from diffusers_softrepa.commands.settings import parser_of
+from diffusers_softrepa.quoting import markdown_table
+
+PAGE = Path(__file__).parents[1] / "docs" / "command.md"
+FROM_SETTINGS = {"generate": generate, "edit": edit, "evaluate": evaluate, "train": train}
+OTHERS = {"info": info, "push": push}
+_TABLE = re.compile(r"(<!-- options of (\w+) -->\n)(.*?)(<!-- end of options -->\n)", re.DOTALL)
+
+
+def with_options(page: str) -> str:
+    """Returns the page with the tables as the parsers have them now."""
+    return _TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[4]}", page)
+
+
+def named(page: str) -> list[str]:
+    """Returns the commands that have a table on the page."""
+    return [found[2] for found in _TABLE.finditer(page)]
+
+
+def table(name: str) -> str:
+    return markdown_table(["option", "default", "meaning"], list(rows(parser(name))))
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    if name in OTHERS:
+        return OTHERS[name].parser()
+    module = FROM_SETTINGS[name]
+    return parser_of(name, module.MEANING, module.OPTIONS)
+
+
+def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
+    """Yields name, default and meaning of each option, without `--help`."""
+    for action in parser._actions:
+        if (
+            action.dest == "help"
+            or action.help == argparse.SUPPRESS
+            or str(action.option_strings[:1]).startswith("['--no_")
+        ):
+            continue
+        name = action.option_strings[0] if action.option_strings else action.dest
+        choices = f": {', '.join(map(str, action.choices))}" if action.choices else ""
+        required = action.required or not action.option_strings
+        yield f"`{name}`{choices}", "**required**" if required else shown(action.default), cell(action.help or "")
+
+
+def shown(default: object) -> str:
+    if default in (None, argparse.SUPPRESS) or default == []:
+        return ""
+    text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    return f"`{text}`"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("%%", "%").rstrip(".")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_options(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
