@@ -1,7 +1,7 @@
-"""How strongly adapters take part, as people say it: numbers of any library, one for each adapter, layer or stage.
+"""Parses adapter weights: numbers of Python, numpy or torch, one for each adapter, layer or stage.
 
-A weight is one number, or one for each layer of tokens (`[1.0, 0.5, ...]` or `{layer: number}`), or one for each stage
-of a UNet (`{"down": number}`). Layers and stages that a mapping leaves out have 1.
+The weight of an adapter is one number, or one for each layer of tokens (`[1.0, 0.5, ...]` or `{layer: number}`), or
+one for each stage of a UNet (`{"down": number}`). Layers and stages that a mapping leaves out have weight 1.
 """
 
 import math
@@ -15,10 +15,10 @@ Weight = float | tuple[float, ...] | Mapping[str, float]
 
 
 def as_number(value: Any, what: str = "a weight") -> float:
-    """Returns a finite number as a float: Python's, numpy's or torch's, also as an array without dimensions.
+    """Returns a finite number of Python, numpy or torch, or a 0-d array of one, as a float.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a finite number.
     """
     number = value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item") and getattr(value, "is_meta", False) is False:
@@ -29,7 +29,7 @@ def as_number(value: Any, what: str = "a weight") -> float:
 
 
 def weights_by_name(names: Any, weights: Any = None) -> dict[str, Any]:
-    """Returns the weight of each adapter that is to be active, as it was given.
+    """Returns the weight of each adapter to activate, without checking the weights themselves.
 
     Args:
         names: One name, several, or a mapping from names to weights in which None means not active.
@@ -59,7 +59,7 @@ def weights_by_name(names: Any, weights: Any = None) -> dict[str, Any]:
 
 
 def _each(names: list[str], weights: Any, *, single: bool) -> list[Any]:
-    """Returns the weights in the order of the names."""
+    """Returns one weight for each name, in the order of the names."""
     if isinstance(weights, Mapping):
         by_name = bool(names) and set(weights) == set(names)
         return [weights[name] for name in names] if by_name else [weights] * len(names)
@@ -73,7 +73,7 @@ def fitted(weight: Any, name: str, config: SoftREPAConfig) -> Weight:
     """Returns the weight of an adapter, checked against its layers or stages.
 
     Raises:
-        ValueError: It is no number, or has other layers or stages than the adapter.
+        ValueError: It is not a finite number, or names layers or stages that the adapter does not have.
     """
     listed = None if isinstance(weight, Mapping) else _listed(weight)
     if not isinstance(weight, Mapping) and listed is None:
@@ -97,7 +97,7 @@ def fitted(weight: Any, name: str, config: SoftREPAConfig) -> Weight:
 
 
 def plain(weight: Weight) -> Any:
-    """Returns a weight as a number, list or dict of the caller's own, such as `fitted` takes."""
+    """Returns a weight as a number, a new list or a new dict, which `set_softrepa` takes."""
     if isinstance(weight, Mapping):
         return dict(weight)
     return list(weight) if isinstance(weight, tuple) else weight
@@ -110,7 +110,7 @@ def _check_names(names: list[Any]) -> None:
 
 
 def _listed(values: Any) -> list[Any] | None:
-    """Returns the values of a sequence or an array as a list; None for what is neither."""
+    """Returns the values of an iterable or an array as a list; None for a single value, a string or a mapping."""
     if hasattr(values, "tolist") and getattr(values, "ndim", 0) > 0:
         return list(values.tolist())
     if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
