@@ -1,6 +1,7 @@
 """Turns errors of the Hub client into one sentence that says what happened and what to do."""
 
 import errno
+import json
 import re
 
 from huggingface_hub import constants, get_token
@@ -136,6 +137,9 @@ def _how_to_split(repo_id: str) -> str:
 
 
 def push_advice(error: Exception) -> str:
+    """Returns what to do after a failed upload, as the end of a sentence."""
+    if isinstance(error, json.JSONDecodeError):  # as the answer to a request of the Hub's API
+        return "make sure that no login page, proxy or firewall answers in place of the Hub"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in PASSING or (status is None and not isinstance(error, HFValidationError | ValueError)):
         return "wait until the Hub can be reached and has no trouble"
