@@ -26,7 +26,7 @@ def named(page: str) -> list[str]:
 
 
 def table(name: str) -> str:
-    return markdown_table(["option", "default", "meaning"], list(rows(parser(name))))
+    return markdown_table(["option", "meaning"], list(rows(parser(name))))
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -36,8 +36,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     return parser_of(name, module.MEANING, module.OPTIONS)
 
 
-def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
-    """Yields name, default and meaning of each option, without `--help`."""
+def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Yields each option but `--help`, and its meaning, choices and default; two columns fit on a phone."""
     for action in parser._actions:
         if (
             action.dest == "help"
@@ -46,16 +46,18 @@ def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
         ):
             continue
         name = action.option_strings[0] if action.option_strings else action.dest
-        choices = f": {', '.join(map(str, action.choices))}" if action.choices else ""
-        required = action.required or not action.option_strings
-        yield f"`{name}`{choices}", "**required**" if required else shown(action.default), cell(action.help or "")
+        parts = [action.help or ""]
+        if action.choices:
+            parts.append(f"One of {', '.join(map(str, action.choices))}")
+        if action.required or not action.option_strings:
+            parts.append("**Required**")
+        elif action.default not in (None, argparse.SUPPRESS) and action.default != []:
+            parts.append(f"Default: `{shown(action.default)}`")
+        yield f"`{name}`", " ".join(f"{cell(part)}." for part in parts)
 
 
 def shown(default: object) -> str:
-    if default in (None, argparse.SUPPRESS) or default == []:
-        return ""
-    text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    return f"`{text}`"
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def cell(text: str) -> str:

@@ -237,7 +237,7 @@ def test_edit_and_evaluate_write_what_they_say(tmp_path: Path, capsys: pytest.Ca
     assert run("edit", [*argv, "--dry_run"]) == 0 and not (tmp_path / "edits").exists()
     assert run("edit", argv) == 0
     assert str(tmp_path / "edits" / "white.png") in capsys.readouterr().out
-    assert pixels(tmp_path / "edits" / "white.png").shape[1] == 96
+    assert pixels(tmp_path / "edits" / "white.png").shape[1] == 96 + 2 * 4
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     argv = [*SHORT, "--prompts", str(tmp_path / "prompts.txt"), "--adapter", f"ours={ADAPTER}"]
     assert run("evaluate", [*argv, "--metrics", "--out", str(tmp_path / "evaluation")]) == 0

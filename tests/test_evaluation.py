@@ -380,7 +380,7 @@ def test_the_folder_gets_tables_and_images(finished: Any):
     assert again.to_dict() == result.to_dict()
     json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
     with Image.open(folder / "grid.png") as grid:
-        assert grid.width == 3 * 256 and grid.height > 3 * 256
+        assert grid.width == 3 * 256 + 2 * 4 and grid.height > 3 * 256
     with Image.open(folder / "plot.png") as plot:
         assert len(np.unique(np.asarray(plot.convert("L")))) > 20
 
@@ -417,7 +417,7 @@ def test_names_that_no_file_may_have_are_files_all_the_same(tmp_path: Path):
 def test_a_grid_shows_small_images_enlarged_and_large_ones_reduced(side: int, shown: int):
     colors = Image.effect_noise((side, side), 80).convert("RGB")
     sheet = grid([[colors, colors]], ["a caption"], ["base", "adapter"])
-    assert sheet.width == 2 * shown
+    assert sheet.width == 2 * shown + 4  # with a gap
     if shown >= side:
         there = sheet.crop((0, sheet.height - shown, shown, sheet.height))
         assert there.resize((side, side), Image.Resampling.NEAREST).tobytes() == colors.tobytes()
@@ -433,7 +433,7 @@ def test_a_caption_is_whole_above_its_images_and_the_grid_comes_apart_again(capt
     assert [[image.tobytes() for image in row] for row in found] == [
         [image.tobytes() for image in row] for row in rows
     ]
-    above = np.asarray(sheet.crop((0, 0, 180, sheet.height - 140 - 25)))
+    above = np.asarray(sheet.crop((0, 0, 184, sheet.height - 140 - 30)))
     assert (above[:, -1] == 255).all() and (above[:, 0] == 255).all()  # no letter is cut at an edge
     assert images_of_grid(Image.new("RGB", (8, 8)), captions, 2) == []
 
