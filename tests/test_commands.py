@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,15 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 import softrepa_command
-import tokenizers4
 from diffusers_softrepa.checkpoint import load_checkpoint
 from diffusers_softrepa.commands import run
 from diffusers_softrepa.commands.output import survivable_output
-from diffusers_softrepa.compat import TRANSFORMERS, pipeline_precision
+from diffusers_softrepa.compat import pipeline_precision
 from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 
 WORLD = Path(__file__).parents[1] / "examples" / "shapes_world"
 ADAPTER = str(WORLD / "adapter")
 SD3 = str(WORLD / "sd3")
-if TRANSFORMERS.major < 5:
-    _COPY = tempfile.TemporaryDirectory()
-    SD3 = str(tokenizers4.readable_pipeline(Path(SD3), Path(_COPY.name) / "sd3"))
 SHORT = ["--pipeline", SD3, "--steps", "1", "--device", "cpu", "--max_sequence_length", "15"]
 
 
