@@ -3,7 +3,7 @@
     python examples/demo.py
 
 1. Loads the pipeline from this repository and an adapter by two lines.
-2. Draws prompts without and with it, from the same noise, lets the oracle read the pictures, and prints how often each
+2. Draws prompts without and with it, from the same noise, lets the oracle read the images, and prints how often each
    skill succeeds, with the standard error of the difference.
 3. Writes one image of prompts drawn without and with the adapter, framed by the oracle's verdict.
 4. Trains an adapter from scratch for a minute or two, measures it like the other one, and draws its curves.
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found[name] = measure(pipe, draw(pipe, asks, guidance=given.guidance, seed=given.seed), asks)
     print(_table(found, asks))
 
-    path = output / "pictures.png"
+    path = output / "images.png"
     side_by_side(pipe, given.guidance).save(path)
     print(f"3. Prompts drawn without and with it, framed green where the oracle finds exactly what was asked: {path}")
 
-    print(f"4. An adapter from scratch: {given.steps} steps of training on pictures made now")
+    print(f"4. An adapter from scratch: {given.steps} steps of training on images made now")
     pipe.unload_softrepa()
     train(pipe, output / "trained", given.steps, given.seed)
     plot_curves(output / "trained" / "log.jsonl", output / "curves.png")
@@ -85,7 +85,7 @@ def side_by_side(pipe: Any, guidance: float) -> Image.Image:
 
 
 def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
-    """Trains a small adapter: contrast with true captions of other pictures and written wrong ones."""
+    """Trains a small adapter: contrast with true captions of other images and written wrong ones."""
     train_tokens(
         pipe,
         folder,
@@ -101,7 +101,7 @@ def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
 
 
 def plot_curves(log: Path, path: Path) -> None:
-    """Draws the loss, and how much captions tell of pictures, of training and of held-out ones."""
+    """Draws the loss, and how much captions tell of images, of training and of held-out ones."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     labels = ("loss", "bound of mutual information, nats")

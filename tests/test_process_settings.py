@@ -46,8 +46,8 @@ def adapted(setting: str | None, *, load: bool, weight: float = 1.0) -> Any:
     doubled = {name: 2 * value for name, value in tensors.items()}
     with SETTINGS[setting]() if setting else torch.enable_grad():
         if load:
-            load_softrepa(denoiser, tensors, config, is_trainable=True)
-            load_softrepa(denoiser, doubled, config, hotswap=True)
+            load_softrepa(denoiser, tensors, config=config, is_trainable=True)
+            load_softrepa(denoiser, doubled, config=config, hotswap=True)
         else:
             add_softrepa(denoiser, config, generator=torch.Generator().manual_seed(1))
         set_softrepa(denoiser, "softrepa", weight)

@@ -339,7 +339,8 @@ def test_a_modular_pipeline_says_that_its_adapters_are_not_saved(tmp_path: Path,
     modular.update_components(unet=unet)
     modular.save_pretrained(str(tmp_path / "without"), overwrite_modular_index=False)
     assert "soft-token" not in caplog.text
-    load_softrepa(unet, *adapter_for(unet))
+    tensors, config = adapter_for(unet)
+    load_softrepa(unet, tensors, config=config)
     modular.save_pretrained(str(tmp_path / "with"), overwrite_modular_index=False)
     assert "a modular pipeline is saved without its soft-token adapters; use save_softrepa for them" in caplog.text
 

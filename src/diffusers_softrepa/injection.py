@@ -36,7 +36,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .families import FamilySpec, Group, text_blocks
+from .families import BlockGroup, FamilySpec, text_blocks
 from .insertion import cut_tokens, insert_rows, insert_tokens
 from .tokens import SoftTokens
 from .weights import as_number
@@ -87,14 +87,14 @@ class _Site:
     """
 
     block: nn.Module
-    group: Group
+    group: BlockGroup
     positions: dict[str, int]
     current: _ThreadSlot = field(default_factory=_ThreadSlot)
     projected: _ThreadSlot = field(default_factory=_ThreadSlot)
     wraps: dict[str, Wrap] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, block: nn.Module, group: Group) -> "_Site":
+    def of(cls, block: nn.Module, group: BlockGroup) -> "_Site":
         site = cls(block, group, positions_of(block))
         site.wraps[""] = Wrap(block, _run_block, site)
         return site

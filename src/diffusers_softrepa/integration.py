@@ -30,16 +30,8 @@ _INDEX_KEY = "_softrepa"
 _MAX_INDEX_BYTES, _MOST_ADAPTERS, _LARGEST_WEIGHT = 1 << 22, 256, 1e6
 
 
-def _load_softrepa(self: Any, source: Any, adapter_name: str | None = None, **kwargs: Any) -> str:
-    """Loads an adapter and makes it the only active one; `adapter_name` second, as in `load_lora_weights`.
-
-    All keywords of `diffusers_softrepa.load_softrepa` are taken; an unknown one is a TypeError.
-    """
-    return pipeline.load_softrepa(self, source, adapter_name=adapter_name, **kwargs)
-
-
 _METHODS: dict[str, Callable[..., Any]] = {
-    "load_softrepa": _load_softrepa,
+    "load_softrepa": pipeline.load_softrepa,
     "add_softrepa": pipeline.add_softrepa,
     "save_softrepa": pipeline.save_softrepa,
     "set_softrepa": pipeline.set_softrepa,
