@@ -128,8 +128,9 @@ def test_a_reader_that_has_gone_does_not_end_the_work():
         "    print('done', file=sys.stderr)\n"
         "sys.exit(7)"
     )
+    quiet = environment(PYTHONWARNINGS="ignore", DIFFUSERS_VERBOSITY="error")  # older releases say much when imported
     running = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     with running:
         assert running.stdout is not None and running.stderr is not None
