@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "injection": {"families", "insertion", "tokens", "weights", "wrapping"},
     "adapter": {"config", "families", "injection", "tokens", "weights"},
     "card": {"config", "hub_ids", "quoting"},
-    "hub": {"card", "files", "quoting"},
+    "hub": {"card", "compat", "files", "quoting"},
     "checkpoint": {"card", "config", "files", "hub", "other_adapters", "quoting"},
     "convert": {"checkpoint", "config", "families", "files", "hub", "quoting"},
     "denoisers": {"families"},

@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from .card import pictures_of, refreshed, words_by_hand
+from .compat import HUB_ASKS_AGAIN, transport_fault
 from .quoting import one_line, quoted
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,6 @@ RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a trouble that may be over in a moment
-_TRIED_BY_CLIENT = (408, 429)  # of a download; of what comes before it, all, which it says in another way
-_BROKEN_OFF = ("NetworkError", "RemoteProtocolError")  # classes of the client's transport
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 _T = TypeVar("_T")
 
@@ -219,11 +218,11 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
         )
 
     try:
-        return Path(_tried(download, already=_TRIED_BY_CLIENT))
+        return Path(_tried(download, already=HUB_ASKS_AGAIN))
     except Exception as error:  # the client, its transport and the cache's disk raise many kinds
         # With force_download the client hides what went wrong behind a ValueError that names nothing.
         cause = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
-        if _is(cause, *_BROKEN_OFF) and not options.force_download:
+        if transport_fault(cause) in ("no connection", "broken off") and not options.force_download:
             try:  # the client itself looks into its cache for some of these only
                 return Path(download(cached=True))
             except (OSError, ValueError):
@@ -252,16 +251,17 @@ def _tried(call: Callable[[], _T], *, already: tuple[int, ...] = ()) -> _T:
 
 def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | None:
     """Returns how many seconds to wait before another try; None if one would be of no use."""
-    if isinstance(error, LocalEntryNotFoundError):  # the client has tried again already
-        return None
-    hidden = error.__cause__ if type(error) is ValueError else None
+    hidden = error.__cause__ if type(error) in (ValueError, LocalEntryNotFoundError) else None
     response = getattr(hidden or error, "response", None)
+    if isinstance(error, LocalEntryNotFoundError) and (429 in already or getattr(response, "status_code", 0) != 429):
+        return None  # the client has tried again already
     if response is not None and hidden is None and response.status_code in already:
         return None
     if response is not None and response.status_code in _PASSING:
         wanted = _retry_after(response.headers.get("Retry-After"))
         return max(pause, wanted) if wanted <= LONGEST_PAUSE else None
-    if _is(hidden or error, *_BROKEN_OFF) and (hidden is not None or not _is(error, "ConnectError")):
+    fault = transport_fault(hidden or error)
+    if fault == "broken off" or (fault == "no connection" and hidden is not None):
         return pause
     return pause if str(error).startswith("Consistency check failed") else None
 
@@ -293,11 +293,6 @@ def _is_whole(path: Path) -> bool | None:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return True if digest.hexdigest() == announced else False if len(announced) == 64 else None
-
-
-def _is(error: BaseException, *names: str) -> bool:
-    """Whether an error is of a class of the client's transport, which is told by name as it is not ours to choose."""
-    return any(cls.__name__ in names for cls in type(error).__mro__)
 
 
 def _sentence(error: Exception, repo_id: str, filename: str, options: HubOptions) -> str:
@@ -355,18 +350,19 @@ def _trouble(error: Exception, what: str, options: HubOptions) -> str:
             f"the answer for {what} is not the Hub's: a login page, proxy or firewall stands between, or HF_ENDPOINT "
             "names another server"
         )
-    if _is(error, "ProxyError"):
+    fault = transport_fault(error)
+    if fault == "proxy":
         return f"the proxy did not let {what} through; check HTTPS_PROXY and NO_PROXY"
-    if _is(error, "TimeoutException"):
+    if fault == "timeout":
         return (
             f"the Hub did not answer in time when asked for {what}; try again later, or raise HF_HUB_DOWNLOAD_TIMEOUT"
         )
-    if _is(error, "ConnectError"):
+    if fault == "no connection":
         return (
             f"{what} is not in the cache and the Hub is out of reach (no connection to {constants.ENDPOINT}); "
             "download it once while online"
         )
-    if _is(error, *_BROKEN_OFF):
+    if fault == "broken off":
         return f"the connection broke off while {what} was asked for; try again"
     if str(error).startswith("Consistency check failed"):
         return f"{what} did not arrive whole; try again"
