@@ -59,8 +59,8 @@ def test_what_a_run_needs_is_checked_before_a_model_is_there(settings: dict[str,
 
 
 def test_checked_data_are_what_the_trainer_takes(tmp_path: Path):
-    train, held_out = check_run(ContrastiveFlowMatchingArguments(**QUICK), rows(), rows(4, seed=1))
-    assert held_out is not None and held_out.count == 4
+    train, evaluation = check_run(ContrastiveFlowMatchingArguments(**QUICK), rows(), rows(4, seed=1))
+    assert evaluation is not None and evaluation.count == 4
     trainer(tmp_path / "checked", train).train()
     trainer(tmp_path / "given").train()
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("checked", "given")]

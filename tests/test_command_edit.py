@@ -15,7 +15,7 @@ import diffusers_softrepa
 import tiny
 from diffusers_softrepa.commands import edit, models
 from diffusers_softrepa.commands.settings import parse
-from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
+from diffusers_softrepa.evaluation.images import CAPTION_HEIGHT
 from test_docs import blocks
 
 SHORT = ["--steps", "4", "--device", "cpu"]

@@ -20,7 +20,7 @@ from diffusers_softrepa.checkpoint import load_checkpoint
 from diffusers_softrepa.commands import run
 from diffusers_softrepa.commands.output import survivable_output
 from diffusers_softrepa.compat import TRANSFORMERS, pipeline_precision
-from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
+from diffusers_softrepa.evaluation.images import CAPTION_HEIGHT
 
 WORLD = Path(__file__).parents[1] / "examples" / "shapes_world"
 ADAPTER = str(WORLD / "adapter")

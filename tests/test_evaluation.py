@@ -22,7 +22,7 @@ import tiny
 from diffusers_softrepa import get_softrepa_adapters
 from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, ImageMetric, Metric, evaluate
 from diffusers_softrepa.evaluation.gallery import generator_seed
-from diffusers_softrepa.evaluation.pictures import grid
+from diffusers_softrepa.evaluation.images import grid
 from diffusers_softrepa.evaluation.statistics import clustered_mean, share_better
 from evaluation_runs import ADAPTERS, CALL, PROMPTS, REFERENCES, ColorDistance, Counted, brightness, pipeline, run
 

@@ -16,7 +16,7 @@ from typing import Any
 from diffusers.utils import load_image
 
 from ..editing import flow_edit
-from ..evaluation.pictures import grid
+from ..evaluation.images import grid
 from ..files import whole_file
 from .models import PipelineOptions, placed_pipeline
 from .paths import free_path

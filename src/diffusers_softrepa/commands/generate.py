@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.pictures import grid
+from ..evaluation.images import grid
 from ..evaluation.settings import left_as_found
 from ..files import whole_file
 from .models import PipelineOptions, placed_pipeline

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from .gallery import Gallery, Picture
 from .lengths import check_lengths
 from .metrics import Metric, as_metrics
-from .pictures import grid, plot
+from .images import grid, plot
 from .prompts import load_prompts
 from .result import EvaluationResult
 from .scoring import processes, progress_bar, scored

@@ -18,7 +18,7 @@ from ...conditioning.conditions import Conditions, concatenate
 from ...files import read_json
 from ...quoting import quoted
 from ..arguments import ContrastiveFlowMatchingArguments
-from ..preparation import encoders_at_hand
+from ..preparation import text_encoders_on
 from .cache import TensorCache, fill, model_fingerprint
 from .dataset import Example, Examples
 from .image import Framing, Size, content_id, fetch, image_size
@@ -99,7 +99,7 @@ class Encoder:
         examples: Examples,
         accelerator: Accelerator,
         *,
-        held_out: Examples | None = None,
+        eval_examples: Examples | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Computes what the caches lack, each process its share; says first how much disk that takes, or refuses.
@@ -107,7 +107,7 @@ class Encoder:
         Args:
             examples: Of training.
             accelerator: The processes.
-            held_out: Of evaluation; their captions are cached too.
+            eval_examples: Evaluation data, whose captions are cached too.
             stop: Asked before each batch whether to leave the rest for another time.
 
         Raises:
@@ -128,7 +128,7 @@ class Encoder:
                 **share,
             )
         if self.text is not None:
-            captions = [text for data in (examples, held_out) if data is not None for text in data.captions()]
+            captions = [text for data in (examples, eval_examples) if data is not None for text in data.captions()]
             self._fill_text(captions + [""] * (self._args.proportion_empty_prompts > 0), **share)
         accelerator.wait_for_everyone()
 
@@ -177,7 +177,7 @@ class Encoder:
     def _encoded(self, captions: Sequence[str]) -> Conditions:
         parts = [captions[first : first + ENCODE_BATCH_SIZE] for first in range(0, len(captions), ENCODE_BATCH_SIZE)]
         away = self._args.cache_text  # else they are where training is
-        with encoders_at_hand(self._conditioner.pipeline, self._device) if away else nullcontext():
+        with text_encoders_on(self._conditioner.pipeline, self._device) if away else nullcontext():
             encoded = [self._conditioner.encode_captions(part) for part in parts]
         return encoded[0] if len(encoded) == 1 else concatenate(encoded)
 
@@ -205,7 +205,7 @@ class Encoder:
             encoded = self._conditioner.encode_captions(names)
             return [{name: value[row] for name, value in encoded.items()} for row in range(len(names))]
 
-        with encoders_at_hand(self._conditioner.pipeline, self._device) if missing else nullcontext():
+        with text_encoders_on(self._conditioner.pipeline, self._device) if missing else nullcontext():
             fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, **share)
 
 
