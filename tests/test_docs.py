@@ -86,7 +86,7 @@ def test_every_setting_and_file_that_the_training_guide_names_exists():
     from diffusers_softrepa.training import card
     from diffusers_softrepa.training.log import LOG_NAME
 
-    for name in (card.CURVES_NAME, card.PICTURES_NAME, card.SETTINGS_NAME, LOG_NAME):
+    for name in (card.CURVES_NAME, card.VALIDATION_NAME, card.SETTINGS_NAME, LOG_NAME):
         assert f"`{name}`" in text
     settings = set(training.ContrastiveFlowMatchingArguments.__dataclass_fields__)
     assigned = set(re.findall(r"`(\w+)=", text)) - {"objective"}

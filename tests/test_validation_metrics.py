@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 import training_runs
 from diffusers_softrepa.evaluation import ImageMetric
-from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training import validation
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer, validation
 from diffusers_softrepa.training.log import read_log
 from evaluation_runs import REFERENCES, ColorDistance
 

@@ -13,9 +13,9 @@ import torch
 from accelerate import PartialState
 
 from .gallery import Gallery, Picture
+from .images import grid, plot
 from .lengths import check_lengths
 from .metrics import Metric, as_metrics
-from .images import grid, plot
 from .prompts import load_prompts
 from .result import EvaluationResult
 from .scoring import processes, progress_bar, scored

@@ -42,7 +42,7 @@ Log = Sequence[Mapping[str, float]]
 
 _ESSENTIAL = ("objective", "train_batch_size", "learning_rate", "resolution", "mixed_precision", "seed")
 _PRIVATE = """output_dir cache_dir resume_from_checkpoint max_steps num_train_epochs dry_run push_to_hub hub_model_id
-hub_private_repo hub_token hub_license report_to logging_steps dataloader_num_workers validation_prompts""".split()
+hub_private_repo hub_token hub_license report_to logging_steps dataloader_num_workers validation_prompts"""
 _UNMEASURED = "No eval_dataset was evaluated in this run, so what the tokens improve was not measured here."
 _PANELS = {
     "loss": "loss",
@@ -129,7 +129,7 @@ class Report:
         for field in fields(self.args):
             value = getattr(self.args, field.name)
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            if field.name in _ESSENTIAL or (value != default and field.name not in _PRIVATE):
+            if field.name in _ESSENTIAL or (value != default and field.name not in _PRIVATE.split()):
                 rows.append((field.name, json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value))
         return rows
 

@@ -77,7 +77,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 @final
 class Recent:
-    """Losses and metrics of the steps since the last log entry; checkpoints keep them, so a resumed run logs the same."""
+    """Losses and metrics since the last log entry; checkpoints hold them, so that a resumed run logs the same."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []

@@ -18,10 +18,10 @@ from .arguments import ContrastiveFlowMatchingArguments
 
 
 def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[Parameter]) -> Optimizer:
-    """Returns the optimizer that the settings name.
+    """Returns the optimizer that the settings name, in training mode.
 
     Raises:
-        ValueError: There is no such class, or it does not take these arguments.
+        ValueError: There is no such class, its package is not installed, or it does not accept these arguments.
     """
     short = _SHORT_NAMES.get(args.optim.lower().replace("-", "_"))
     module, _, name = (short or args.optim).rpartition(".")
@@ -50,7 +50,7 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
         ) from error
 
 
-# Short names, as transformers and kohya's scripts have them -> classes of packages that one may install.
+# Short names of transformers and kohya's scripts -> classes of packages to install.
 _SHORT_NAMES = {
     "prodigy": "prodigyopt.Prodigy",
     "schedule_free": "schedulefree.AdamWScheduleFree",
@@ -74,12 +74,12 @@ _PACKAGES = {"lion_pytorch": "lion-pytorch", "came_pytorch": "came-pytorch"}
 
 
 def is_schedule_free(optimizer: Any) -> bool:
-    """Whether an optimizer keeps an average of its own, which its `eval()` puts in the parameters' place."""
+    """Returns whether an optimizer keeps an average of its own, which its `eval()` gives the parameters."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 def _class_name(name: str) -> str:
-    """Returns the class of torch.optim that is meant: by its own name, or as transformers names it, `adamw_torch`."""
+    """Returns the name of a class of torch.optim, also for the spelling of transformers, `adamw_torch`."""
     known = {key.lower(): key for key, value in vars(torch.optim).items() if isinstance(value, type)}
     return known.get(name.lower().removesuffix("_torch"), name)
 
@@ -89,12 +89,12 @@ class Schedule:
 
     Args:
         args: The settings. `warm_restarts` is SoftREPA's cosine with restarts, updated every `lr_update_steps` steps.
-        optimizer: Whose rate it sets.
+        optimizer: The optimizer whose rate it sets.
         max_steps: Optimizer steps of the whole run.
-        given: A schedule of torch's to use instead, updated at every step.
+        given: A schedule of torch to use instead, updated at every step; defaults to None.
 
     Raises:
-        ValueError: diffusers does not know a schedule of that name, or needs more than these settings for it.
+        ValueError: diffusers has no schedule of that name, or needs more than these settings for it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Validation images: the validation prompts drawn with and without the soft tokens while training, and their scores."""
+"""Validation images: prompts drawn with and without the soft tokens while training, and their scores."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
