@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Adapters, adapters_of, attach, changing, detach, make_adapter
+from .branches import GuidanceBranch, checked_branch
 from .card import model_card
 from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
@@ -228,7 +229,11 @@ def save_softrepa(
 
 
 def set_softrepa(
-    target: Any, adapter_names: str | Sequence[str] | Mapping[str, Any], adapter_weights: Any = None
+    target: Any,
+    adapter_names: str | Sequence[str] | Mapping[str, Any],
+    adapter_weights: Any = None,
+    *,
+    guidance_branch: GuidanceBranch = "both",
 ) -> None:
     """Makes exactly the named adapters active, each with its weight.
 
@@ -245,17 +250,21 @@ def set_softrepa(
             which None means not active.
         adapter_weights: One weight for all, or one each; 1 unless given. A list for one name is a weight for each
             layer.
+        guidance_branch: `"both"`, as published: the tokens join every denoiser call. `"positive"`: under
+            classifier-free guidance only the rows of the positive prompt get them, and the prediction under the
+            negative prompt is the base model's. A call in which the rows cannot be told apart is a ValueError.
 
     Raises:
-        ValueError: A name is unknown, the numbers of names and weights differ, or a weight is not a finite number or
-            does not fit the adapter's layers. Nothing is changed then.
+        ValueError: A name is unknown, the numbers of names and weights differ, a weight is not a finite number or
+            does not fit the adapter's layers, or `guidance_branch` is another word. Nothing is changed then.
         TypeError: The names are no strings, or weights are given beside a mapping.
     """
+    branch = checked_branch(guidance_branch)
     chosen = weights_by_name(adapter_names, adapter_weights)
     with changing(denoisers_of(target).values()):
         _having(target, [*chosen, *(adapter_names if isinstance(adapter_names, Mapping) else [])])  # all are known
         states = [
-            (adapters, adapters.weighed({name: weight for name, weight in chosen.items() if name in adapters.names}))
+            (adapters, adapters.weighed({name: chosen[name] for name in chosen if name in adapters.names}, branch))
             for adapters in _having(target).values()
         ]
         for adapters, state in states:
@@ -325,7 +334,10 @@ def softrepa_left_as_found(target: Any) -> Iterator[None]:
                 adapters = adapters_of(denoiser)
                 if adapters is not None:
                     here = {name: weight for name, weight in state.weights.items() if name in adapters.names}
-                    adapters.become(replace(adapters.state, weights=here, enabled=state.enabled))
+                    branch = state.guidance_branch
+                    adapters.become(
+                        replace(adapters.state, weights=here, guidance_branch=branch, enabled=state.enabled)
+                    )
 
 
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:

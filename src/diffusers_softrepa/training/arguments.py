@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from ..files import parse_json
 from ..noising import TimestepDensity
 from ..objectives import AGSM, Contrastive, Denoising, Logits, Objective, SoftRank
 from ..quoting import quoted
@@ -381,7 +382,7 @@ def _named_values(given: Any) -> dict[str, Any]:
             call: Any = ast.parse(f"f({given})", mode="eval").body
             found = {word.arg: ast.literal_eval(word.value) for word in call.keywords} if not call.args else None
         elif isinstance(given, str):
-            found = json.loads(given)
+            found = parse_json(given, "optim_args")
     except (SyntaxError, ValueError):
         found = None
     if not isinstance(found, dict):

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from ..files import parse_json
 from .arguments import ContrastiveFlowMatchingArguments
 
 
@@ -31,7 +31,7 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
             raise TypeError(f"{name} is no optimizer class")
         if inspect.signature(cls.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(f"{name} computes losses of its own, which training does not hand out")
-        optimizer = cls(parameters, lr=args.learning_rate, **json.loads(args.optim_args))
+        optimizer = cls(parameters, lr=args.learning_rate, **parse_json(args.optim_args, "optim_args"))
         if is_schedule_free(optimizer):
             if args.ema_decay is not None:
                 raise ValueError("a schedule-free optimizer averages the tokens itself; leave out ema_decay")
