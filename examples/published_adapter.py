@@ -26,11 +26,12 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
+    T5TokenizerFast,
 )
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
 from diffusers_softrepa import convert
+from shapes_world import tokenizer_files
 
 CAPTIONS = (
     "two giraffes standing next to a wooden fence in the grass",
@@ -292,7 +293,7 @@ def _claim(sentence: str, holds: bool) -> None:
 
 def _clip_tokenizer() -> CLIPTokenizer:
     words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
+    return tokenizer_files.clip_tokenizer({word: index for index, word in enumerate(words)}, [], 77)
 
 
 def _clip_encoder(width: int) -> CLIPTextModelWithProjection:
@@ -311,9 +312,9 @@ def _clip_encoder(width: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config).eval()
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return tokenizer_files.t5_tokenizer(pieces, 512)
 
 
 def _t5_encoder(width: int) -> T5EncoderModel:

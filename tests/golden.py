@@ -34,7 +34,7 @@ class Golden:
         return {name: self.tensors[name].reshape(shape) for name, shape in self.config.shapes.items()}
 
     def load_adapter(self) -> None:
-        load_softrepa(self.denoiser, self.adapter, self.config)
+        load_softrepa(self.denoiser, self.adapter, config=self.config)
 
 
 def golden(name: str) -> Golden:

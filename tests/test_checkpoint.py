@@ -80,7 +80,7 @@ def test_subfolder_and_weight_name_are_found_in_a_folder(tmp_path: Path, config:
 def test_a_state_dict_is_not_changed(config: Any, tensors: Any):
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     denoiser = tiny.sd3_transformer()
-    load_softrepa(denoiser, tensors, config, is_trainable=True)
+    load_softrepa(denoiser, tensors, config=config, is_trainable=True)
     with torch.no_grad():
         softrepa_parameters(denoiser)["tokens"].add_(1)
     assert_same((config, tensors), config, before)

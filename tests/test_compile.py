@@ -79,7 +79,7 @@ class Compiled:
 
     def load(self, index: int, name: str = "a", **kwargs: Any) -> None:
         for target in (self.denoiser, self.eager):
-            load_softrepa(target, self.tokens[index], self.config, name, **kwargs)
+            load_softrepa(target, self.tokens[index], name, config=self.config, **kwargs)
 
     @torch.no_grad()
     def graphs(self, *timesteps: float) -> int:

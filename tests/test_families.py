@@ -14,9 +14,7 @@ import diffusers_softrepa.families as families
 import tiny
 from diffusers_softrepa import (
     FamilySpec,
-    Group,
     SoftREPAConfig,
-    Timestep,
     add_softrepa,
     family_of,
     register_family,
@@ -24,6 +22,7 @@ from diffusers_softrepa import (
     supported_denoisers,
     unload_softrepa,
 )
+from diffusers_softrepa.families import BlockGroup, TimestepArgument
 
 
 def test_a_masked_text_row_stays_masked_behind_the_soft_tokens():
@@ -71,10 +70,10 @@ class ReadingDenoiser(ModelMixin, ConfigMixin):
 READING = FamilySpec(
     name="reading",
     denoiser="ReadingDenoiser",
-    groups=(Group("readers", text="words", returns=1),),
+    groups=(BlockGroup("readers", text="words", returns=1),),
     width=lambda config: config["text_width"],
     defaults=lambda config: {"num_tokens": 2, "num_layers": config["depth"], "num_timestep_bins": 4},
-    timestep=Timestep("level", scale=1000.0),
+    timestep=TimestepArgument("level", scale=1000.0),
 )
 
 

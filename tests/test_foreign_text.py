@@ -136,7 +136,7 @@ def test_a_value_whose_square_overflows_is_refused_like_infinity(value: float, d
     tensors = {key: torch.zeros(shape, dtype=dtype) for key, shape in made.shapes.items()}
     tensors["tokens"].view(-1)[3] = value
     with pytest.raises(ValueError, match=r"tokens in the state dict holds the value .* the result is infinite"):
-        load_softrepa(denoiser, tensors, made)
+        load_softrepa(denoiser, tensors, config=made)
     assert adapters_of(denoiser) is None
 
 

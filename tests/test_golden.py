@@ -43,7 +43,7 @@ def test_denoiser_calls_match_the_reference_numbers(name: str):
 
 def test_sd3_without_timestep_bins_matches_the_reference_numbers():
     g = golden("sd3")
-    load_softrepa(g.denoiser, {"tokens": g.adapter["tokens"]}, replace(g.config, num_timestep_bins=None))
+    load_softrepa(g.denoiser, {"tokens": g.adapter["tokens"]}, config=replace(g.config, num_timestep_bins=None))
     expected = g.tensors["out.no_timestep_tokens.with"]
     close = [
         (_call(g, timestep) - expected).abs().max() < 1e-5

@@ -229,7 +229,7 @@ def test_two_active_adapters_show_the_tokens_of_both(family: tiny.Family):
     set_softrepa(denoiser, ["a", "b"])
     expected = family.call(denoiser, inputs, 500)
     double = strong(denoiser, num_timestep_bins=None, num_tokens=2 * config.num_tokens)
-    load_softrepa(denoiser, {"tokens": both}, double, "ab")
+    load_softrepa(denoiser, {"tokens": both}, "ab", config=double)
     assert_close(family.call(denoiser, inputs, 500), expected, rtol=1e-4, atol=1e-5)
 
 

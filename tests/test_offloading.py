@@ -64,12 +64,12 @@ def test_an_offloaded_denoiser_gives_what_it_gives_on_the_device(
     denoiser, inputs = family.denoiser(), family.inputs(2)
     base = family.call(denoiser, inputs, 500)
     config, tensors = adapter(denoiser)
-    load_softrepa(denoiser, tensors, config)
+    load_softrepa(denoiser, tensors, config=config)
     expected = family.call(denoiser, inputs, 500)
     if offloaded_first:
         unload_softrepa(denoiser)
         offload(denoiser)
-        load_softrepa(denoiser, tensors, config)
+        load_softrepa(denoiser, tensors, config=config)
     else:
         offload(denoiser)
     assert_close(family.call(denoiser, inputs, 500), expected, rtol=0, atol=0)
@@ -84,7 +84,8 @@ def test_tokens_stay_when_accelerates_hooks_are_taken_off(family: tiny.Family):
     denoiser, inputs = family.denoiser(), family.inputs(2)
     base = family.call(denoiser, inputs, 500)
     sequential(denoiser)
-    load_softrepa(denoiser, *reversed(adapter(family.denoiser())))
+    config, tensors = adapter(family.denoiser())
+    load_softrepa(denoiser, tensors, config=config)
     expected = family.call(denoiser, inputs, 500)
     remove_hook_from_module(denoiser, recurse=True)
     assert_close(family.call(denoiser, inputs, 500), expected, rtol=0, atol=0)
@@ -104,7 +105,7 @@ def test_fp8_storage_leaves_the_tokens_in_float32(family: tiny.Family, cast_firs
         cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
         if first:
             denoiser.enable_layerwise_casting(**cast)
-        load_softrepa(denoiser, tensors, config)
+        load_softrepa(denoiser, tensors, config=config)
         if not first:
             denoiser.enable_layerwise_casting(**cast)
         with_tokens = family.call(denoiser, inputs, 500)
@@ -121,7 +122,7 @@ def test_fp8_storage_leaves_the_tokens_in_float32(family: tiny.Family, cast_firs
 def test_a_half_precision_denoiser_keeps_its_tokens_in_float32(family: tiny.Family):
     denoiser, inputs = family.denoiser(), family.inputs(2)
     config, tensors = adapter(denoiser)
-    load_softrepa(denoiser, tensors, config)
+    load_softrepa(denoiser, tensors, config=config)
     expected = family.call(denoiser, inputs, 500)
     nn.Module.to(denoiser, torch.bfloat16)
     halved = {

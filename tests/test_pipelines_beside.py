@@ -57,7 +57,7 @@ def load_tokens(target: Any, *, scale: float = 1.0, **fields: Any) -> dict[str, 
     config = SoftREPAConfig.for_denoiser(denoiser, **fields)
     generator = torch.Generator().manual_seed(7)
     tensors = {name: scale * torch.randn(shape, generator=generator) for name, shape in config.shapes.items()}
-    load_softrepa(target, tensors, config)
+    load_softrepa(target, tensors, config=config)
     return tensors
 
 

@@ -15,17 +15,14 @@ from torch.testing import assert_close
 import diffusers_softrepa.families as families
 from diffusers_softrepa import (
     FamilySpec,
-    Group,
-    Side,
     SoftREPAConfig,
-    Timestep,
     add_softrepa,
     register_family,
     set_softrepa,
     softrepa_parameters,
     unload_softrepa,
 )
-from diffusers_softrepa.families import text_blocks
+from diffusers_softrepa.families import BlockGroup, ExtendedArgument, TimestepArgument, text_blocks
 from diffusers_softrepa.insertion import cut_tokens, insert_tokens
 
 WIDTH, K = 8, 2
@@ -68,10 +65,10 @@ class CountingDenoiser(ModelMixin, ConfigMixin):
 COUNTING = FamilySpec(
     name="counting",
     denoiser="CountingDenoiser",
-    groups=(Group("stages", text="context", level="kv"),),
+    groups=(BlockGroup("stages", text="context", level="kv"),),
     width=lambda config: WIDTH,
     defaults=lambda config: {"num_tokens": K, "num_layers": 2 * config["depth"], "num_timestep_bins": 10},
-    timestep=Timestep("t"),
+    timestep=TimestepArgument("t"),
 )
 
 
@@ -159,17 +156,20 @@ def test_tokens_follow_a_projection_that_lora_replaces(denoiser: Any, lora_first
 
 
 def test_blocks_are_found_in_lists_of_lists_below_dots_and_up_to_a_limit(denoiser: Any):
-    def paths(group: Group) -> list[str]:
+    def paths(group: BlockGroup) -> list[str]:
         return [block.path for block in text_blocks(denoiser, replace(COUNTING, groups=(group,)))]
 
-    assert paths(Group("stages", text="context")) == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
-    assert paths(Group("stages.1", text="context")) == ["stages.1.0", "stages.1.1"]
-    assert paths(Group("stages.0.1", text="context")) == ["stages.0.1"]
-    assert paths(Group("stages", text="context", limit=lambda denoiser: 3)) == paths(Group("stages", "context"))[:3]
+    assert paths(BlockGroup("stages", text="context")) == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
+    assert paths(BlockGroup("stages.1", text="context")) == ["stages.1.0", "stages.1.1"]
+    assert paths(BlockGroup("stages.0.1", text="context")) == ["stages.0.1"]
+    assert (
+        paths(BlockGroup("stages", text="context", limit=lambda denoiser: 3))
+        == paths(BlockGroup("stages", "context"))[:3]
+    )
     first = denoiser.stages[0][0]
     assert (
-        paths(Group("stages", text="context", needs=lambda block: block is not first))
-        == paths(Group("stages", "context"))[1:]
+        paths(BlockGroup("stages", text="context", needs=lambda block: block is not first))
+        == paths(BlockGroup("stages", "context"))[1:]
     )
 
 
@@ -203,15 +203,15 @@ def test_a_guard_for_timed_tokens_lets_constant_ones_pass(denoiser: Any):
 @pytest.mark.parametrize(
     "clock",
     [
-        Timestep(),
-        Timestep(scale=1000.0),
-        Timestep(scale=1000.0, reverse=True),
-        Timestep(offset=1.0),
-        Timestep(scale=1e3),
+        TimestepArgument(),
+        TimestepArgument(scale=1000.0),
+        TimestepArgument(scale=1000.0, reverse=True),
+        TimestepArgument(offset=1.0),
+        TimestepArgument(scale=1e3),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_level_comes_back_from_the_denoisers_clock(clock: Timestep, dtype: torch.dtype):
+def test_a_level_comes_back_from_the_denoisers_clock(clock: TimestepArgument, dtype: torch.dtype):
     levels = torch.arange(0.0, 1001.0, 10.0)
     back = clock.level(clock.of_level(levels).to(dtype))
     assert_close(back, levels, rtol=2 * torch.finfo(dtype).eps, atol=1001 * 1.01 * torch.finfo(dtype).eps)
@@ -220,17 +220,17 @@ def test_a_level_comes_back_from_the_denoisers_clock(clock: Timestep, dtype: tor
 
 def test_the_noisiest_of_several_levels_counts():
     frames = torch.tensor([[0.0, 0.3, 0.1], [0.9, 0.0, 0.2]])
-    assert_close(Timestep(scale=1000.0).level(frames), torch.tensor([300.0, 900.0]))
-    assert_close(Timestep(scale=1000.0, reverse=True).level(frames), torch.tensor([1000.0, 1000.0]))
-    assert_close(Timestep(scale=1000.0).level(frames[:, None, :, None, None]), torch.tensor([300.0, 900.0]))
-    assert_close(Timestep(scale=1000.0, per_sample=False).level(frames), torch.tensor([900.0]))
-    assert_close(Timestep().level(torch.tensor(7)), torch.tensor([7.0]))
+    assert_close(TimestepArgument(scale=1000.0).level(frames), torch.tensor([300.0, 900.0]))
+    assert_close(TimestepArgument(scale=1000.0, reverse=True).level(frames), torch.tensor([1000.0, 1000.0]))
+    assert_close(TimestepArgument(scale=1000.0).level(frames[:, None, :, None, None]), torch.tensor([300.0, 900.0]))
+    assert_close(TimestepArgument(scale=1000.0, per_sample=False).level(frames), torch.tensor([900.0]))
+    assert_close(TimestepArgument().level(torch.tensor(7)), torch.tensor([7.0]))
 
 
 TOKENS = torch.full((1, K, WIDTH), 9.0)
 
 
-def grown(group: Group, **arguments: Any) -> dict[str, Any]:
+def grown(group: BlockGroup, **arguments: Any) -> dict[str, Any]:
     changed = insert_tokens(group, arguments, TOKENS)
     assert changed is not None
     return changed
@@ -238,11 +238,11 @@ def grown(group: Group, **arguments: Any) -> dict[str, Any]:
 
 def test_the_row_may_be_named_by_an_argument_and_the_sequence_may_come_first():
     text = torch.arange(3.0)[None, :, None].expand(2, 3, WIDTH)
-    group = Group("blocks", text="x", at="start", returns="self")
+    group = BlockGroup("blocks", text="x", at="start", returns="self")
     rows = grown(group, x=text, start=2)["x"]
     assert rows[0, :, 0].tolist() == [0.0, 1.0, 9.0, 9.0, 2.0]
     assert torch.equal(cut_tokens(group, {"x": text, "start": 2}, rows, K), text)
-    first = Group("blocks", text="x", seq_dim=0, returns="self")
+    first = BlockGroup("blocks", text="x", seq_dim=0, returns="self")
     rows = grown(first, x=text.transpose(0, 1))["x"]
     assert rows[:, 1, 0].tolist() == [9.0, 9.0, 0.0, 1.0, 2.0]
     assert torch.equal(cut_tokens(first, {}, rows, K), text.transpose(0, 1))
@@ -250,7 +250,7 @@ def test_the_row_may_be_named_by_an_argument_and_the_sequence_may_come_first():
 
 
 def test_several_streams_share_each_token():
-    group = Group("blocks", text=("video", "audio"), sides=(Side("mask", dim=1, fill=1.0),))
+    group = BlockGroup("blocks", text=("video", "audio"), extended=(ExtendedArgument("mask", dim=1, fill=1.0),))
     video, audio = torch.zeros(2, 3, 6), torch.zeros(2, 5, 2)
     changed = insert_tokens(group, {"video": video, "audio": audio, "mask": torch.zeros(2, 3)}, TOKENS)
     assert changed is not None
@@ -258,46 +258,52 @@ def test_several_streams_share_each_token():
 
 
 def test_text_of_no_rows_gets_no_tokens():
-    assert insert_tokens(Group("blocks", text="x"), {"x": torch.zeros(2, 0, WIDTH)}, TOKENS) is None
-    assert insert_tokens(Group("blocks", text="x"), {"x": None}, TOKENS) is None
-    assert insert_tokens(Group("blocks", text="x"), {}, TOKENS) is None
+    assert insert_tokens(BlockGroup("blocks", text="x"), {"x": torch.zeros(2, 0, WIDTH)}, TOKENS) is None
+    assert insert_tokens(BlockGroup("blocks", text="x"), {"x": None}, TOKENS) is None
+    assert insert_tokens(BlockGroup("blocks", text="x"), {}, TOKENS) is None
 
 
 TEXT = torch.zeros(2, 3, WIDTH)
 
 
 @pytest.mark.parametrize(
-    ("side", "before", "after"),
+    ("extended", "before", "after"),
     [
-        (Side("m", dim=1), [[5.0, 6.0, 7.0]], [[5.0, 5.0, 5.0, 6.0, 7.0]]),
-        (Side("m", dim=1, fill=1.0), [[5.0, 6.0, 7.0]], [[1.0, 1.0, 5.0, 6.0, 7.0]]),
-        (Side("m", dim=1, fill=1.0, where="text_last"), [[4.0, 5.0, 6.0, 7.0]], [[4.0, 1.0, 1.0, 5.0, 6.0, 7.0]]),
-        (Side("m", dim=1, where="text_last"), [[4.0, 5.0, 6.0, 7.0]], [[4.0, 5.0, 5.0, 5.0, 6.0, 7.0]]),
-        (Side("m", dim=1, fill=0.0, where="end"), [[5.0, 6.0]], [[5.0, 6.0, 0.0, 0.0]]),
-        (Side("m", dim=2, fill=0.0, full=True), [[[5.0]]], [[[0.0] * 3, [0.0] * 3, [0.0, 0.0, 5.0]]]),
-        (Side("m", dim=1, per_token=True), [[5.0, 6.0, 7.0]], [[5.0, 6.0, 7.0]]),
-        (Side("m", dim=1, per_token=True), [[[5.0], [6.0], [7.0]]], [[[5.0], [5.0], [5.0], [6.0], [7.0]]]),
-        (Side("m", dim=1, per_token=True), [[[5.0]]], [[[5.0]]]),
+        (ExtendedArgument("m", dim=1), [[5.0, 6.0, 7.0]], [[5.0, 5.0, 5.0, 6.0, 7.0]]),
+        (ExtendedArgument("m", dim=1, fill=1.0), [[5.0, 6.0, 7.0]], [[1.0, 1.0, 5.0, 6.0, 7.0]]),
+        (
+            ExtendedArgument("m", dim=1, fill=1.0, where="text_last"),
+            [[4.0, 5.0, 6.0, 7.0]],
+            [[4.0, 1.0, 1.0, 5.0, 6.0, 7.0]],
+        ),
+        (ExtendedArgument("m", dim=1, where="text_last"), [[4.0, 5.0, 6.0, 7.0]], [[4.0, 5.0, 5.0, 5.0, 6.0, 7.0]]),
+        (ExtendedArgument("m", dim=1, fill=0.0, where="end"), [[5.0, 6.0]], [[5.0, 6.0, 0.0, 0.0]]),
+        (ExtendedArgument("m", dim=2, fill=0.0, full=True), [[[5.0]]], [[[0.0] * 3, [0.0] * 3, [0.0, 0.0, 5.0]]]),
+        (ExtendedArgument("m", dim=1, per_token=True), [[5.0, 6.0, 7.0]], [[5.0, 6.0, 7.0]]),
+        (ExtendedArgument("m", dim=1, per_token=True), [[[5.0], [6.0], [7.0]]], [[[5.0], [5.0], [5.0], [6.0], [7.0]]]),
+        (ExtendedArgument("m", dim=1, per_token=True), [[[5.0]]], [[[5.0]]]),
     ],
 )
-def test_a_side_grows_where_it_says(side: Side, before: Any, after: Any):
+def test_an_argument_is_extended_where_it_says(extended: ExtendedArgument, before: Any, after: Any):
     value = torch.tensor(before)
     kept = value.clone()
-    assert grown(Group("blocks", text="x", sides=(side,)), x=TEXT, m=value)["m"].tolist() == after
+    assert grown(BlockGroup("blocks", text="x", extended=(extended,)), x=TEXT, m=value)["m"].tolist() == after
     assert torch.equal(value, kept)
 
 
 def test_parts_grow_in_new_tuples_lists_and_dicts():
     row = torch.tensor([[5.0]])
     pair, settings = (row, (row, row)), {"mask": row, "other": row}
-    sides = (
-        Side("pair", dim=0, select=1, each=True),
-        Side("settings", dim=0, select="mask", fill=0.0),
-        Side("settings", dim=0, select="absent"),
-        Side("several", dim=0, each=True),
-        Side("nothing", dim=0),
+    extended = (
+        ExtendedArgument("pair", dim=0, select=1, each=True),
+        ExtendedArgument("settings", dim=0, select="mask", fill=0.0),
+        ExtendedArgument("settings", dim=0, select="absent"),
+        ExtendedArgument("several", dim=0, each=True),
+        ExtendedArgument("nothing", dim=0),
     )
-    changed = grown(Group("blocks", text="x", sides=sides), x=TEXT, pair=pair, settings=settings, several=[row, row])
+    changed = grown(
+        BlockGroup("blocks", text="x", extended=extended), x=TEXT, pair=pair, settings=settings, several=[row, row]
+    )
     assert [changed["pair"][0].shape[0], *(part.shape[0] for part in changed["pair"][1])] == [1, 1 + K, 1 + K]
     assert {name: value.shape[0] for name, value in changed["settings"].items()} == {"mask": 1 + K, "other": 1}
     assert [part.shape[0] for part in changed["several"]] == [1 + K, 1 + K]
@@ -307,17 +313,17 @@ def test_parts_grow_in_new_tuples_lists_and_dicts():
 
 def test_the_identity_turns_nothing():
     turns = torch.polar(torch.ones(2, 3, 4), torch.rand(2, 3, 4))
-    side = Side("m", dim=1, fill="identity")
-    assert (grown(Group("blocks", text="x", sides=(side,)), x=TEXT, m=turns)["m"][:, :K] == 1).all()
+    extended = ExtendedArgument("m", dim=1, fill="identity")
+    assert (grown(BlockGroup("blocks", text="x", extended=(extended,)), x=TEXT, m=turns)["m"][:, :K] == 1).all()
     matrices = torch.rand(2, 3, 1, 4, 2, 2)
-    rows = grown(Group("blocks", text="x", sides=(side,)), x=TEXT, m=matrices)["m"]
+    rows = grown(BlockGroup("blocks", text="x", extended=(extended,)), x=TEXT, m=matrices)["m"]
     assert torch.equal(rows[:, :K], torch.eye(2).expand(2, K, 1, 4, 2, 2))
     assert torch.equal(rows[:, K:], matrices)
 
 
 def test_the_last_resort_sees_what_has_grown_and_has_the_last_word():
-    def fix(arguments: Any, count: int) -> dict[str, Any]:
+    def adjust(arguments: Any, count: int) -> dict[str, Any]:
         return {"number": arguments["number"] + count, "seen": arguments["x"].shape[1]}
 
-    changed = grown(Group("blocks", text="x", fix=fix), x=TEXT, number=3)
+    changed = grown(BlockGroup("blocks", text="x", adjust=adjust), x=TEXT, number=3)
     assert (changed["number"], changed["seen"]) == (3 + K, 3 + K)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,14 @@ def test_the_second_positional_argument_of_load_is_the_adapter_name_as_with_lora
     assert pipe.get_softrepa_adapters() == {"mine": 1.0}
 
 
-def test_a_function_given_a_name_for_a_config_says_so():
+def test_a_config_given_by_position_is_told_to_come_by_keyword():
     pipe = tiny.sd3_pipeline()
-    with pytest.raises(TypeError, match=re.escape("was adapter_name='mine' meant?")):
-        diffusers_softrepa.load_softrepa(pipe, {}, "mine")
+    config = SoftREPAConfig.for_denoiser(pipe.transformer)
+    for load in (pipe.load_softrepa, partial(diffusers_softrepa.load_softrepa, pipe)):
+        with pytest.raises(TypeError, match="give the config by keyword: config="):
+            load(tensors_for(config), config)
+        with pytest.raises(TypeError, match="config must be a SoftREPAConfig, but is 'mine'"):
+            load(tensors_for(config), config="mine")
 
 
 def test_an_unknown_keyword_is_a_type_error():

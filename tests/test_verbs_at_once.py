@@ -317,7 +317,7 @@ def test_a_verb_on_two_denoisers_that_is_interrupted_leaves_both_old_or_both_new
         "disable": lambda: diffusers_softrepa.disable_softrepa(pair),
         "unload": lambda: diffusers_softrepa.unload_softrepa(pair),
         "hotswap": lambda: diffusers_softrepa.load_softrepa(
-            pair, dict.fromkeys(parts, first.tensors[1]), first.config, "a", hotswap=True
+            pair, dict.fromkeys(parts, first.tensors[1]), "a", config=first.config, hotswap=True
         ),
     }
     for verb in verbs.values():

@@ -13,13 +13,13 @@ import diffusers_softrepa.families as families
 import zoo
 from diffusers_softrepa import (
     FamilySpec,
-    Group,
     add_softrepa,
     disable_softrepa,
     enable_softrepa,
     family_of,
     softrepa_parameters,
 )
+from diffusers_softrepa.families import BlockGroup
 from zoo import LENGTH, K, Specimen
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's own positions, on a CPU
@@ -51,7 +51,7 @@ def test_tokens_are_text_and_the_image_keeps_its_rows(name: str):
 def test_tokens_of_the_block_would_be_taken_for_the_image(monkeypatch: Any):
     """And nothing would say so: this is why the spec has them at the projections."""
     specimen = SPECIMENS["wan-image"]
-    naive = replace(family_of(specimen.denoiser()), groups=(Group("blocks", "encoder_hidden_states"),))
+    naive = replace(family_of(specimen.denoiser()), groups=(BlockGroup("blocks", "encoder_hidden_states"),))
     monkeypatch.setitem(families._FAMILIES, specimen.kind, naive)
     denoiser = zoo.with_tokens(specimen)
     image, text = rows_into(denoiser, "attn2.add_k_proj"), rows_into(denoiser, "attn2.to_k")
@@ -68,7 +68,7 @@ def test_without_an_image_tokens_at_the_projections_are_tokens_of_the_block(name
     expected = specimen.call(denoiser, inputs)
     spec = family_of(denoiser)
     paths = list(dict.fromkeys(group.path for group in spec.groups))
-    groups = tuple(Group(path, "encoder_hidden_states", level="kv") for path in paths)
+    groups = tuple(BlockGroup(path, "encoder_hidden_states", level="kv") for path in paths)
     monkeypatch.setitem(families._FAMILIES, specimen.kind, replace(spec, groups=groups))
     assert torch.equal(specimen.call(zoo.with_tokens(specimen), inputs), expected)
 
@@ -97,12 +97,14 @@ def test_fused_projections_change_nothing_where_blocks_get_the_tokens(name: str)
     assert_close(specimen.call(denoiser, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
-def with_groups(change: Callable[[Group], Group]) -> Callable[[FamilySpec], FamilySpec]:
+def with_groups(change: Callable[[BlockGroup], BlockGroup]) -> Callable[[FamilySpec], FamilySpec]:
     return lambda spec: replace(spec, groups=tuple(change(group) for group in spec.groups))
 
 
 def with_side(**fields: Any) -> Callable[[FamilySpec], FamilySpec]:
-    return with_groups(lambda group: replace(group, sides=tuple(replace(side, **fields) for side in group.sides)))
+    return with_groups(
+        lambda group: replace(group, extended=tuple(replace(side, **fields) for side in group.extended))
+    )
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     ({"a": 0.5}, 0.5, TypeError, "holds the weights already"),
     ({"a": 0.5, "x": None}, None, ValueError, r"no soft-token adapter is named \['x'\]"),
     ({1: 0.5}, None, TypeError, "names of adapters must be strings, but there is 1"),
-    (0.5, None, TypeError, "names must be an adapter's name, several, or"),
-    (None, None, TypeError, "names must be an adapter's name"),
+    (0.5, None, TypeError, "adapter_names must be an adapter's name, several, or"),
+    (None, None, TypeError, "adapter_names must be an adapter's name"),
     (["a", 3], None, TypeError, "must be strings, but there is 3"),
 ]
 
@@ -130,7 +130,7 @@ def test_layers_of_weight_zero_are_layers_that_an_adapter_has_not(family: tiny.F
     found = family.call(denoiser, inputs, 500.0)
     first = {"tokens": softrepa_parameters(denoiser, "a")["tokens"][:1].detach().clone()}
     config = SoftREPAConfig.for_denoiser(denoiser, num_layers=1, num_timestep_bins=None)
-    load_softrepa(denoiser, first, config, "first")
+    load_softrepa(denoiser, first, "first", config=config)
     assert torch.equal(found, family.call(denoiser, inputs, 500.0))
     set_softrepa(denoiser, "a", [0.5, 0.5, 0.5])
     same = family.call(denoiser, inputs, 500.0)
@@ -145,7 +145,7 @@ def test_stages_of_weight_zero_are_stages_that_an_adapter_has_not(family: tiny.F
     found = family.call(denoiser, inputs, 500.0)
     tensors = {"tokens": softrepa_parameters(denoiser, "a")["tokens"].detach().clone()}
     config = SoftREPAConfig.for_denoiser(denoiser, stages=["down", "up"], num_timestep_bins=None)
-    load_softrepa(denoiser, tensors, config, "others")
+    load_softrepa(denoiser, tensors, "others", config=config)
     assert torch.equal(found, family.call(denoiser, inputs, 500.0))
     with pytest.raises(ValueError, match=r"'a' has stages \['down', 'mid', 'up'\], so its weight is one number"):
         set_softrepa(denoiser, "a", [1.0, 0.0, 1.0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import integration
 from .config import SoftREPAConfig
-from .families import FamilySpec, Group, Side, Timestep, family_of, register_family, supported_denoisers
+from .families import FamilySpec, family_of, register_family, supported_denoisers
 from .pipeline import (
     add_softrepa,
     delete_softrepa,
@@ -30,10 +30,7 @@ __all__ = [
     "ContrastiveFlowMatchingArguments",
     "ContrastiveFlowMatchingTrainer",
     "FamilySpec",
-    "Group",
-    "Side",
     "SoftREPAConfig",
-    "Timestep",
     "add_softrepa",
     "delete_softrepa",
     "disable_softrepa",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import GuidanceBranch
 from .config import SoftREPAConfig, layers_of
 from .families import family_of, text_blocks
 from .injection import Injector, Source
@@ -60,12 +61,14 @@ class State:
     Attributes:
         adapters: By name, in the order in which they came.
         weights: Of the active ones, by name.
+        guidance_branch: Rows of classifier-free guidance in which they take part.
         enabled: Whether these take part in denoiser calls.
         pauses: How many `softrepa_disabled` contexts are open; in one, none takes part.
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     weights: Mapping[str, Weight] = field(default_factory=dict)
+    guidance_branch: GuidanceBranch = "both"
     enabled: bool = True
     pauses: int = 0
 
@@ -117,7 +120,7 @@ class Adapters:
     def become(self, state: State) -> None:
         """Makes a state that of the denoiser; interrupted anywhere, a further call ends in what it is asked for."""
         self._state = state
-        self._injector.use(state.sources())
+        self._injector.use(state.sources(), state.guidance_branch)
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter and makes it the active one.
@@ -130,7 +133,8 @@ class Adapters:
                 f"adapter names must be unique, but {name!r} is already loaded; choose another adapter_name, delete "
                 "the old one, or pass hotswap=True to replace its tokens in place"
             )
-        self.become(replace(self._state, adapters={**self._state.adapters, name: adapter}, weights={name: 1.0}))
+        adapters = {**self._state.adapters, name: adapter}
+        self.become(replace(self._state, adapters=adapters, weights={name: 1.0}, guidance_branch="both"))
 
     def check_swap(self, name: str, config: SoftREPAConfig) -> None:
         """Checks that `swap` can take an adapter.
@@ -162,15 +166,15 @@ class Adapters:
             for key, parameter in self[name].tokens.named_parameters():
                 parameter.copy_(tensors[key])
 
-    def weighed(self, weights: Mapping[str, Any]) -> State:
-        """Returns the state in which exactly the named adapters are active, with these weights.
+    def weighed(self, weights: Mapping[str, Any], guidance_branch: GuidanceBranch) -> State:
+        """Returns the state in which exactly the named adapters are active, with these weights, in these rows.
 
         Raises:
             ValueError: A name is unknown, or a weight does not fit its adapter.
         """
         _check_present(list(weights), self._state.adapters)
         chosen = {name: fitted(weight, name, self[name].config) for name, weight in weights.items()}
-        return replace(self._state, weights=chosen)
+        return replace(self._state, weights=chosen, guidance_branch=guidance_branch)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switches the active adapters on or off; off, every denoiser call is the base model's."""
@@ -281,7 +285,8 @@ def make_adapter(
         trainable: Whether its tokens require gradients.
 
     Raises:
-        ValueError: The config does not fit the denoiser, or the initial embeddings do not fit the config.
+        ValueError: The config does not fit the denoiser, the initial embeddings do not fit the config, or the values
+            are too large for a denoiser in float16.
     """
     layers = layers_of(denoiser, config)
     with torch.inference_mode(False):
@@ -292,8 +297,22 @@ def make_adapter(
             tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
             tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
         tokens.requires_grad_(trainable).to(_device(denoiser))
+    _check_range(tokens, denoiser)
     stages = {block.path: block.group.stage for block in text_blocks(denoiser, family_of(denoiser))}
     return Adapter(config, tokens, layers, stages)
+
+
+def _check_range(tokens: SoftTokens, denoiser: Any) -> None:
+    """Raises if tokens may become infinite in the float16 of a denoiser, whose largest number is 65504."""
+    if getattr(denoiser, "dtype", None) is not torch.float16:
+        return
+    reach = sum(float(values.detach().abs().max()) for values in tokens.parameters())
+    largest = torch.finfo(torch.float16).max
+    if reach > largest:
+        raise ValueError(
+            f"the soft tokens hold numbers up to {reach:.4g}, but {type(denoiser).__name__} runs in float16, which is "
+            f"infinite beyond {largest:g}; load the model in bfloat16 or float32, or train the tokens anew"
+        )
 
 
 def attach(denoiser: nn.Module, name: str, adapter: Adapter) -> None:

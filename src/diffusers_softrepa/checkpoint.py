@@ -20,7 +20,7 @@ from torch import Tensor
 from .card import model_card, refreshed
 from .config import MAX_CONFIG_BYTES, SoftREPAConfig
 from .files import UnreadableJSON, parse_json, write_whole
-from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, is_missing, located, may_be_fetched_again
+from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, files_of, is_missing, located, may_be_fetched_again
 from .other_adapters import other_kind
 from .quoting import one_line, quoted
 
@@ -60,7 +60,11 @@ def load_checkpoint(
         if config is None:
             raise ValueError("a state dict carries no config; pass config=SoftREPAConfig.for_denoiser(...) with it")
         return config, checked_tensors(source, config, "the state dict")
-    source, options = located(os.fspath(source), options or HubOptions())
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"an adapter is loaded from a Hub repository id, a path or a state dict, but source is {quoted(source)}"
+        )
+    source, options = located(os.fsdecode(source), options or HubOptions())
     path = _locate(source, options)
     try:
         return _loaded(path, source, config, options)
@@ -195,7 +199,13 @@ def _locate(source: str, options: HubOptions) -> Path:
         raise OSError(f"{quoted(source)} cannot be read here: {error.strerror}; check the path") from error
     if path.suffix == ".safetensors" or source.startswith((".", "/", "~", "\\")):
         raise OSError(f"there is no file or folder {one_line(source)}; check the path{_split_hint(path)}")
-    return fetch(source, name, options)
+    try:
+        return fetch(source, name, options)
+    except OSError as error:
+        kind = other_kind(files=files_of(source, options)) if is_missing(error) else None
+        if kind is None:
+            raise
+        raise OSError(f"{source} has no file {one_line(name)}; it holds {kind}") from error.__cause__
 
 
 def _missing_in(folder: Path, name: str) -> str:

@@ -7,6 +7,7 @@ passes the release named beside it.
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from packaging.version import Version
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 DIFFUSERS = Version(diffusers.__version__)
 TRANSFORMERS = Version(transformers.__version__)
+
+# huggingface_hub 1: after these answers to a download its client asks again by itself.
+HUB_ASKS_AGAIN: tuple[int, ...] = (408, 429) if Version(huggingface_hub.__version__).major > 0 else ()
 
 # diffusers 0.35: modular pipelines. None before.
 ModularPipeline: Any = getattr(diffusers, "ModularPipeline", None)
@@ -58,6 +62,28 @@ def pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+def transport_fault(error: BaseException) -> str | None:
+    """Returns what failed on the way to the Hub: "proxy", "timeout", "no connection" or "broken off"; None if nothing.
+
+    The Hub's client sends requests with httpx, and before huggingface_hub 1 with requests. The classes of their errors
+    are told by name, as only one of the two packages may be installed.
+
+    Args:
+        error: An error of the Hub's client.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "ProxyError" in names:
+        return "proxy"
+    if names & {"TimeoutException", "Timeout"}:
+        return "timeout"
+    if "ConnectionError" in names and "RequestException" in names:  # of requests
+        within = type(error.args[0]).__name__ if error.args else ""
+        return "broken off" if within in ("ProtocolError", "ReadTimeoutError") else "no connection"
+    if "ConnectError" in names:
+        return "no connection"
+    return "broken off" if names & {"NetworkError", "RemoteProtocolError", "ChunkedEncodingError"} else None
+
+
 def _execution_device(module: nn.Module) -> torch.device:
     """Returns the device on which a module's inputs must be, also while offloading keeps its weights elsewhere."""
     from diffusers.hooks.group_offloading import _get_group_onload_device
@@ -86,6 +112,7 @@ except ImportError:
 
 __all__ = [
     "DIFFUSERS",
+    "HUB_ASKS_AGAIN",
     "TRANSFORMERS",
     "ClipProcessor",
     "ModularPipeline",
@@ -94,4 +121,5 @@ __all__ = [
     "pil_processor",
     "pipeline_precision",
     "pooled",
+    "transport_fault",
 ]

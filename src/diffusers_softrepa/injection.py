@@ -30,13 +30,15 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from .families import FamilySpec, Group, text_blocks
+from .branches import GuidanceBranch, negative_rows, select_rows
+from .families import BlockGroup, FamilySpec, text_blocks
 from .insertion import cut_tokens, insert_rows, insert_tokens
 from .tokens import SoftTokens
 from .weights import as_number
@@ -45,8 +47,10 @@ from .wrapping import Wrap, bound, positions_of, replaced, uncompiled, wrapped_b
 # Key of `joint_attention_kwargs` and its kin: factor of all weights in one call, as `scale` is LoRA's.
 SCALE = "softrepa_scale"
 
-# What one block does in one denoiser call: (factor, tokens) for each term, factor None for 1, tokens None for none.
+# (factor, tokens) for each term of a block's weighted sum, factor None for 1, tokens None for none.
 Terms = tuple[tuple[Tensor | None, Tensor | None], ...]
+# What one block does in one denoiser call: its terms, and the rows (bool, (rows,)) that stay without tokens.
+BlockWork = tuple[Terms, Tensor | None]
 # The same before the timestep is known: (factor, ((source index, layer), ...)).
 Plan = tuple[tuple[Tensor | None, tuple[tuple[int, int], ...]], ...]
 
@@ -81,20 +85,20 @@ class _Site:
     """One block that tokens can go to.
 
     Attributes:
-        current: Terms of the denoiser call that runs in this thread.
+        current: `BlockWork` of the denoiser call that runs in this thread.
         projected: For level `"kv"`: tokens of the term that runs in this thread.
         wraps: What is put on it: on the block, and for level `"kv"` on each projection, by path within the block.
     """
 
     block: nn.Module
-    group: Group
+    group: BlockGroup
     positions: dict[str, int]
     current: _ThreadSlot = field(default_factory=_ThreadSlot)
     projected: _ThreadSlot = field(default_factory=_ThreadSlot)
     wraps: dict[str, Wrap] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, block: nn.Module, group: Group) -> "_Site":
+    def of(cls, block: nn.Module, group: BlockGroup) -> "_Site":
         site = cls(block, group, positions_of(block))
         site.wraps[""] = Wrap(block, _run_block, site)
         return site
@@ -122,11 +126,13 @@ class _Work:
 
     Attributes:
         sources: Whose tokens take part.
+        branch: The rows of classifier-free guidance in which they do.
         plans: What each block does that gets any, with its path.
         kinds: Kind of work of every block that tokens can go to, by path; None for those that run as they are.
     """
 
     sources: tuple[Source, ...] = ()
+    branch: GuidanceBranch = "both"
     plans: tuple[tuple[str, Plan], ...] = ()
     kinds: Mapping[str, Hashable] = field(default_factory=dict)
 
@@ -175,6 +181,7 @@ class Injector:
         self._work = _Work()
         self._calls = _Calls()
         self._bank = _ThreadSlot()
+        self.context = _ThreadSlot()  # name of the cache context that is open in this thread
         self.checkpointing = _Checkpointing(
             self, denoiser, {site.block: (path, site) for path, site in self._sites.items()}
         )
@@ -185,16 +192,21 @@ class Injector:
         injector, _ = wrapped_by(denoiser)
         return cls(denoiser, spec) if injector is None else injector
 
-    def use(self, sources: Sequence[Source]) -> None:
+    def use(self, sources: Sequence[Source], branch: GuidanceBranch = "both") -> None:
         """Makes `sources` the tokens of all denoiser calls that begin from now on; weight 0 counts as absent.
 
         Interrupted anywhere, a further call ends in what that one was asked for.
+
+        Args:
+            sources: Whose tokens take part.
+            branch: In which rows of classifier-free guidance.
         """
         sources = tuple(source for source in sources if any(source.weights.values()))
         plans = {path: _plan(path, sources) for path in self._sites}
         kinds = {path: _kind(plan) for path, plan in plans.items()}
-        work = _Work(sources, tuple((path, plan) for path, plan in plans.items() if kinds[path]), kinds)
+        work = _Work(sources, branch, tuple((path, plan) for path, plan in plans.items() if kinds[path]), kinds)
         with self._calls.lock:
+            _watch_contexts(self._denoiser, on=bool(sources) and branch != "both")
             self._settle(work.kinds, self._work.kinds)
             self._work = work
             self._settle(work.kinds)
@@ -238,13 +250,13 @@ class Injector:
 
     def begin_denoiser(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float
-    ) -> tuple[_Call, list[tuple[_Site, Terms]]]:
+    ) -> tuple[_Call, list[tuple[_Site, BlockWork]]]:
         """Registers a denoiser call; returns it with what each site does in it."""
         with self._calls.lock:
             call = _Call(self._work.kinds)
-            terms = self.terms_of_call(args, kwargs, scale)
+            work = self.work_of_call(args, kwargs, scale)
             self._calls.running.add(call)
-        return call, terms
+        return call, work
 
     def _settle(self, *needs: Mapping[str, Hashable]) -> None:
         """Wraps what is needed, for the first kind of work that is, and nothing else."""
@@ -258,12 +270,19 @@ class Injector:
         if not on:
             self._denoiser_wrap.set(None)
 
-    def terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> list[tuple[_Site, Terms]]:
+    def work_of_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float
+    ) -> list[tuple[_Site, BlockWork]]:
         """Returns what each site does in the denoiser call with these arguments, all weights times `scale`."""
         sources, work = self._work.sources, self._work.plans
         if not sources:
             return []
         arguments = bound(self._positions, args, kwargs)
+        negative: bool | Tensor = False
+        if self._work.branch != "both":
+            negative = negative_rows(self._denoiser, self.context.value, arguments)
+            if negative is True:
+                return []
         self._check_call(arguments, timed=any((source.tokens.num_bins or 1) > 1 for source in sources))
         if any(self._sites[path].group.level == "kv" for path, _ in work) and not torch.compiler.is_compiling():
             for site in self._sites.values():
@@ -276,7 +295,8 @@ class Injector:
         tables = [table.expand(rows, -1, -1, -1) for table in tables]
         if scale != 1.0:
             work = tuple((path, _plan(path, sources, scale)) for path, _ in work)
-        return [(self._sites[path], _terms(plan, tables)) for path, plan in work]
+        kept = negative if isinstance(negative, Tensor) else None
+        return [(self._sites[path], (_terms(plan, tables), kept)) for path, plan in work]
 
     def _check_call(self, arguments: Mapping[str, Any], *, timed: bool) -> None:
         """Refuses what cannot be right with tokens, before anything is touched."""
@@ -331,30 +351,30 @@ def _run_denoiser(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     args, kwargs, scale = injector.without_scale(args, kwargs)
     if torch.compiler.is_compiling():  # the graph holds all that the call does
-        return _run_with_terms(injector, injector.terms_of_call(args, kwargs, scale), forward, args, kwargs)
+        return _run_with_work(injector, injector.work_of_call(args, kwargs, scale), forward, args, kwargs)
     call, work = injector.begin_denoiser(args, kwargs, scale)
     try:
-        return _run_with_terms(injector, work, forward, args, kwargs)
+        return _run_with_work(injector, work, forward, args, kwargs)
     finally:
         injector.end(call)
 
 
-def _run_with_terms(
+def _run_with_work(
     injector: Injector,
-    work: list[tuple[_Site, Terms]],
+    work: list[tuple[_Site, BlockWork]],
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     before = [site.current.value for site, _ in work]
-    for site, terms in work:
-        site.current.value = terms
+    for site, block_work in work:
+        site.current.value = block_work
     checkpointed = injector.checkpointing.enter()
     try:
         return forward(*args, **kwargs)
     finally:
-        for (site, _), terms in zip(work, before, strict=True):
-            site.current.value = terms
+        for (site, _), block_work in zip(work, before, strict=True):
+            site.current.value = block_work
         if checkpointed:
             injector.checkpointing.leave()
 
@@ -376,11 +396,19 @@ def _run_projection(module: nn.Module, /, text: Tensor, *args: Any, **kwargs: An
 
 
 def _run_terms(forward: Callable[..., Any], site: _Site, *args: Any, **kwargs: Any) -> Any:
-    """Returns the weighted sum of `forward` with the tokens of each term that is current at `site`."""
-    terms = site.current.value
+    """Returns the weighted sum of `forward` with the tokens of each term that is current at `site`.
+
+    Rows that stay without tokens are those of `forward` as it is.
+    """
+    terms, kept = site.current.value
     outputs = [_run_with_tokens(forward, site, tokens, args, kwargs) for _, tokens in terms]
     factors = [factor for factor, _ in terms]
-    return outputs[0] if factors == [None] else _weighted_sum(factors, outputs)
+    adapted = outputs[0] if factors == [None] else _weighted_sum(factors, outputs)
+    if kept is None:
+        return adapted
+    plain = [output for (_, tokens), output in zip(terms, outputs, strict=True) if tokens is None]
+    base = plain[0] if plain else _run_with_tokens(forward, site, None, args, kwargs)
+    return select_rows(kept, base, adapted)
 
 
 def _run_with_tokens(
@@ -424,6 +452,32 @@ def _weighted_sum(factors: list[Tensor | None], outputs: list[Any]) -> Any:
     if isinstance(first, tuple | list):
         return type(first)([_weighted_sum(factors, list(parts)) for parts in zip(*outputs, strict=True)])
     return first
+
+
+def _watch_contexts(denoiser: Any, *, on: bool) -> None:
+    """Lets the injector of a denoiser learn the names of its cache contexts, or no more."""
+    own = vars(denoiser)
+    watched = getattr(own.get("cache_context"), "__func__", None) is _named_context
+    if on and "cache_context" not in own and hasattr(denoiser, "cache_context"):
+        own["cache_context"] = MethodType(_named_context, denoiser)
+    elif not on and watched:
+        del own["cache_context"]
+
+
+@contextmanager
+def _named_context(denoiser: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """The denoiser's `cache_context`, whose name its injector keeps meanwhile."""
+    injector, _ = wrapped_by(denoiser)
+    if injector is None:
+        with type(denoiser).cache_context(denoiser, name, *args, **kwargs):
+            yield
+        return
+    before, injector.context.value = injector.context.value, name
+    try:
+        with type(denoiser).cache_context(denoiser, name, *args, **kwargs):
+            yield
+    finally:
+        injector.context.value = before
 
 
 def _check_undivided(denoiser: nn.Module) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import Group, Side
+from .families import BlockGroup, ExtendedArgument
 
 
-def insert_tokens(group: Group, arguments: Mapping[str, Any], tokens: Tensor) -> dict[str, Any] | None:
+def insert_tokens(group: BlockGroup, arguments: Mapping[str, Any], tokens: Tensor) -> dict[str, Any] | None:
     """Returns the arguments of a block that change with the tokens.
 
     Args:
@@ -36,16 +36,16 @@ def insert_tokens(group: Group, arguments: Mapping[str, Any], tokens: Tensor) ->
         parts = [tokens] if len(texts) == 1 else tokens.split(widths, dim=-1)
         for name, part in zip(group.texts, parts, strict=True):
             changed[name] = insert_rows(arguments[name], part, at=at, dim=group.seq_dim)
-    for side in group.sides:
+    for side in group.extended:
         value = changed.get(side.arg, arguments.get(side.arg))
         if value is not None:
             changed[side.arg] = _grow_part(value, side, at=at, length=length, count=count)
-    if group.fix is not None:
-        changed.update(group.fix({**arguments, **changed}, count))
+    if group.adjust is not None:
+        changed.update(group.adjust({**arguments, **changed}, count))
     return changed
 
 
-def cut_tokens(group: Group, arguments: Mapping[str, Any], output: Any, count: int) -> Any:
+def cut_tokens(group: BlockGroup, arguments: Mapping[str, Any], output: Any, count: int) -> Any:
     """Returns what a block returned without the `count` rows of the tokens."""
     if group.returns is None or group.level == "kv":
         return output
@@ -83,7 +83,7 @@ def _stream(text: Any) -> Any:
     return text[0] if isinstance(text, tuple | list) else text
 
 
-def _grow_part(value: Any, side: Side, *, at: int, length: int, count: int) -> Any:
+def _grow_part(value: Any, side: ExtendedArgument, *, at: int, length: int, count: int) -> Any:
     """Returns an argument with the part of it that `side` names grown, as a new tuple, list or dict."""
     if side.select is None:
         return _grow_each(value, side, at=at, length=length, count=count)
@@ -100,14 +100,14 @@ def _grow_part(value: Any, side: Side, *, at: int, length: int, count: int) -> A
     )
 
 
-def _grow_each(value: Any, side: Side, *, at: int, length: int, count: int) -> Any:
+def _grow_each(value: Any, side: ExtendedArgument, *, at: int, length: int, count: int) -> Any:
     """Returns `value`, or each tensor in the tuple or list that it is, grown."""
     if value is None or not side.each:
         return _grow(value, side, at=at, length=length, count=count)
     return type(value)([_grow(part, side, at=at, length=length, count=count) for part in value])
 
 
-def _grow(value: Tensor | None, side: Side, *, at: int, length: int, count: int) -> Tensor | None:
+def _grow(value: Tensor | None, side: ExtendedArgument, *, at: int, length: int, count: int) -> Tensor | None:
     """Returns `value` with `count` rows more along its sequence; `length` is that of the text without them."""
     if value is None or (side.per_token and not (value.ndim > 2 and value.shape[side.dim] == length)):
         return value

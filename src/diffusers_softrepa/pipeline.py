@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Adapters, adapters_of, attach, changing, detach, make_adapter
+from .branches import GuidanceBranch, checked_branch
 from .card import model_card
 from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
@@ -37,9 +38,9 @@ DEFAULT_NAME = "softrepa"
 def load_softrepa(
     target: Any,
     source: str | os.PathLike[str] | Mapping[str, Tensor],
-    config: SoftREPAConfig | None = None,
     adapter_name: str | None = None,
     *,
+    config: SoftREPAConfig | None = None,
     hotswap: bool = False,
     is_trainable: bool = False,
     weight_name: str | None = None,
@@ -59,8 +60,8 @@ def load_softrepa(
         source: A Hub repository id or a pasted address of the Hub, a folder, a safetensors file, or a state dict. For
             several denoisers: a repository or folder with a subfolder for each component, or a dict of state dicts by
             component; those that are not there get none.
-        config: Needed with a state dict; elsewhere it replaces the stored one.
         adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
+        config: Needed with a state dict; elsewhere it replaces the stored one.
         hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
         is_trainable: Whether its tokens require gradients.
         weight_name: File name instead of `adapter_model.safetensors`.
@@ -81,8 +82,12 @@ def load_softrepa(
         OSError: The source cannot be found or reached.
         TypeError: An argument has the wrong type or name.
     """
+    if isinstance(adapter_name, SoftREPAConfig):
+        raise TypeError(
+            "adapter_name must be a string, but is a SoftREPAConfig; give the config by keyword: config=..."
+        )
     if config is not None and not isinstance(config, SoftREPAConfig):
-        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}; was adapter_name={config!r} meant?")
+        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}")
     if use_safetensors is False:
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:
@@ -223,7 +228,13 @@ def save_softrepa(
     return url
 
 
-def set_softrepa(target: Any, names: str | Sequence[str] | Mapping[str, Any], weights: Any = None) -> None:
+def set_softrepa(
+    target: Any,
+    adapter_names: str | Sequence[str] | Mapping[str, Any],
+    adapter_weights: Any = None,
+    *,
+    guidance_branch: GuidanceBranch = "both",
+) -> None:
     """Makes exactly the named adapters active, each with its weight.
 
     At weight 0 the output is the base model's, bit for bit; at 1 the trained adapter's; in between each block's output
@@ -235,20 +246,25 @@ def set_softrepa(target: Any, names: str | Sequence[str] | Mapping[str, Any], we
 
     Args:
         target: A pipeline or a denoiser.
-        names: One name, several, or a mapping from names to weights as `get_softrepa_adapters` returns it, in which
-            None means not active.
-        weights: One weight for all, or one each; 1 unless given. A list for one name is a weight for each layer.
+        adapter_names: One name, several, or a mapping from names to weights as `get_softrepa_adapters` returns it, in
+            which None means not active.
+        adapter_weights: One weight for all, or one each; 1 unless given. A list for one name is a weight for each
+            layer.
+        guidance_branch: `"both"`, as published: the tokens join every denoiser call. `"positive"`: under
+            classifier-free guidance only the rows of the positive prompt get them, and the prediction under the
+            negative prompt is the base model's. A call in which the rows cannot be told apart is a ValueError.
 
     Raises:
-        ValueError: A name is unknown, the numbers of names and weights differ, or a weight is not a finite number or
-            does not fit the adapter's layers. Nothing is changed then.
+        ValueError: A name is unknown, the numbers of names and weights differ, a weight is not a finite number or
+            does not fit the adapter's layers, or `guidance_branch` is another word. Nothing is changed then.
         TypeError: The names are no strings, or weights are given beside a mapping.
     """
-    chosen = weights_by_name(names, weights)
+    branch = checked_branch(guidance_branch)
+    chosen = weights_by_name(adapter_names, adapter_weights)
     with changing(denoisers_of(target).values()):
-        _having(target, [*chosen, *(names if isinstance(names, Mapping) else [])])  # all are known
+        _having(target, [*chosen, *(adapter_names if isinstance(adapter_names, Mapping) else [])])  # all are known
         states = [
-            (adapters, adapters.weighed({name: weight for name, weight in chosen.items() if name in adapters.names}))
+            (adapters, adapters.weighed({name: chosen[name] for name in chosen if name in adapters.names}, branch))
             for adapters in _having(target).values()
         ]
         for adapters, state in states:
@@ -318,7 +334,10 @@ def softrepa_left_as_found(target: Any) -> Iterator[None]:
                 adapters = adapters_of(denoiser)
                 if adapters is not None:
                     here = {name: weight for name, weight in state.weights.items() if name in adapters.names}
-                    adapters.become(replace(adapters.state, weights=here, enabled=state.enabled))
+                    branch = state.guidance_branch
+                    adapters.become(
+                        replace(adapters.state, weights=here, guidance_branch=branch, enabled=state.enabled)
+                    )
 
 
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:

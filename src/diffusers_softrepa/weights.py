@@ -42,13 +42,15 @@ def weights_by_name(names: Any, weights: Any = None) -> dict[str, Any]:
     """
     if isinstance(names, Mapping):
         if weights is not None:
-            raise TypeError(f"{_shown(names)} holds the weights already; leave weights={_shown(weights)} out")
+            raise TypeError(f"{_shown(names)} holds the weights already; leave adapter_weights={_shown(weights)} out")
         chosen = {name: weight for name, weight in names.items() if weight is not None}
         _check_names(list(names))
         return chosen
     several = [names] if isinstance(names, str) else _listed(names)
     if several is None:
-        raise TypeError(f"names must be an adapter's name, several, or {{name: weight}}, but are {_shown(names)}")
+        raise TypeError(
+            f"adapter_names must be an adapter's name, several, or {{name: weight}}, but are {_shown(names)}"
+        )
     _check_names(several)
     each = _each(several, 1.0 if weights is None else weights, single=isinstance(names, str))
     if len(set(several)) != len(several) or len(several) != len(each):

@@ -60,32 +60,6 @@ def grid(
     return sheet
 
 
-def images_of_grid(sheet: Image.Image, captions: Sequence[str], columns: int) -> list[list[Image.Image]]:
-    """Returns the images of a grid without heads whose images all have one size: the inverse of `grid`.
-
-    Args:
-        sheet: The grid.
-        captions: The captions that it was made with.
-        columns: Number of images in each row.
-
-    Returns:
-        A list of images for each row; an empty list if the image cannot be such a grid.
-    """
-    width = (sheet.width + _GAP) // columns - _GAP
-    heights = [_label(caption, width, sheet.width).height for caption in captions]
-    height, rest = divmod(sheet.height - sum(heights), max(len(captions), 1))
-    if height <= 0 or rest:
-        return []
-    found, top = [], 0
-    for label in heights:
-        top += label
-        found.append(
-            [sheet.crop((left, top, left + width, top + height)) for left in range(0, sheet.width, width + _GAP)]
-        )
-        top += height
-    return found
-
-
 def _label(text: str, image_width: int, width: int) -> Image.Image:
     """Returns a text in black on white, wrapped to a width in pixels, in a size that suits the images below it."""
     font = ImageFont.load_default(max(_MIN_FONT_SIZE, round(image_width / 28)))

@@ -21,7 +21,7 @@ from .packed import COSMOS3, MINIMAX_H3
 from .qwen import NUCLEUS_IMAGE, QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
 from .single_stream import ERNIE_IMAGE, FIBO2, IDEOGRAM4, KREA2, LUMINA2, OMNIGEN, Z_IMAGE
-from .spec import Block, FamilySpec, Group, Side, Timestep, text_blocks
+from .spec import Block, BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, text_blocks
 from .unet import DREAMLITE, KANDINSKY3, UNET
 from .video_cross import ALLEGRO, ANIMATE_DIFF, I2VGEN_XL, KANDINSKY6, LATTE, LTX, LTX2, SANA_VIDEO, UNET3D
 from .video_dual import (
@@ -130,10 +130,10 @@ def family_of(denoiser: nn.Module) -> FamilySpec:
 
 __all__ = [
     "Block",
+    "BlockGroup",
+    "ExtendedArgument",
     "FamilySpec",
-    "Group",
-    "Side",
-    "Timestep",
+    "TimestepArgument",
     "built_in_families",
     "family_of",
     "is_supported",

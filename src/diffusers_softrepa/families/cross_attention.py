@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import FamilySpec, Group, Side, Timestep, named_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, named_width, recipe
 
 _WIDTH = named_width("cross_attention_dim")
 # The denoiser turns its text mask into an additive bias, (batch, 1, sequence), before any block sees it.
-_BIAS = Side("encoder_attention_mask", dim=2, fill=0.0)
-_READ = Group("transformer_blocks", text="encoder_hidden_states", sides=(_BIAS,))
+_BIAS = ExtendedArgument("encoder_attention_mask", dim=2, fill=0.0)
+_READ = BlockGroup("transformer_blocks", text="encoder_hidden_states", extended=(_BIAS,))
 
 PIXART = FamilySpec(
     name="pixart",
@@ -20,9 +20,9 @@ PIXART = FamilySpec(
 )
 
 
-def _sana_clock(config: Mapping[str, Any]) -> Timestep:
+def _sana_clock(config: Mapping[str, Any]) -> TimestepArgument:
     """Sana-Sprint, distilled with its guidance, counts from 0 to 1; others have a factor of their own."""
-    return Timestep(scale=1000.0 if config["guidance_embeds"] else 1.0 / config["timestep_scale"])
+    return TimestepArgument(scale=1000.0 if config["guidance_embeds"] else 1.0 / config["timestep_scale"])
 
 
 SANA = FamilySpec(
@@ -37,17 +37,21 @@ SANA = FamilySpec(
 LUMINA_NEXT = FamilySpec(
     name="lumina-next",
     denoiser="LuminaNextDiT2DModel",
-    groups=(Group("layers", text="encoder_hidden_states", sides=(Side("encoder_mask", dim=1, fill=1.0),)),),
+    groups=(
+        BlockGroup(
+            "layers", text="encoder_hidden_states", extended=(ExtendedArgument("encoder_mask", dim=1, fill=1.0),)
+        ),
+    ),
     width=_WIDTH,
     defaults=recipe(_WIDTH, "num_layers"),
-    timestep=Timestep(scale=1000.0, reverse=True),
+    timestep=TimestepArgument(scale=1000.0, reverse=True),
 )
 
 # Masked text is replaced by learned padding before any block sees it.
 HUNYUAN_DIT = FamilySpec(
     name="hunyuan-dit",
     denoiser="HunyuanDiT2DModel",
-    groups=(Group("blocks", text="encoder_hidden_states"),),
+    groups=(BlockGroup("blocks", text="encoder_hidden_states"),),
     width=_WIDTH,
     defaults=recipe(_WIDTH, "num_layers"),
 )
@@ -55,28 +59,32 @@ HUNYUAN_DIT = FamilySpec(
 PRX = FamilySpec(
     name="prx",
     denoiser="PRXTransformer2DModel",
-    groups=(Group("blocks", text="encoder_hidden_states", sides=(Side("attention_mask", dim=1, fill=1.0),)),),
+    groups=(
+        BlockGroup(
+            "blocks", text="encoder_hidden_states", extended=(ExtendedArgument("attention_mask", dim=1, fill=1.0),)
+        ),
+    ),
     width=named_width("hidden_size"),
     defaults=recipe(named_width("hidden_size"), "depth"),
-    timestep=Timestep(scale=1000.0),
+    timestep=TimestepArgument(scale=1000.0),
 )
 
 KANDINSKY5 = FamilySpec(
     name="kandinsky5",
     denoiser="Kandinsky5Transformer3DModel",
-    groups=(Group("visual_transformer_blocks", text="text_embed"),),
+    groups=(BlockGroup("visual_transformer_blocks", text="text_embed"),),
     width=named_width("model_dim"),
     defaults=recipe(named_width("model_dim"), "num_visual_blocks"),
 )
 
 
-def _cosmos_clock(config: Mapping[str, Any]) -> Timestep:
+def _cosmos_clock(config: Mapping[str, Any]) -> TimestepArgument:
     """Cosmos 1, which has learned positions, gets log(sigma) / 4 for sigma from 0.002 to 80; later ones 0 to 1."""
     if config["extra_pos_embed_type"] is None:
-        return Timestep(scale=1000.0)
+        return TimestepArgument(scale=1000.0)
     low, high = math.log(0.002) / 4, math.log(80.0) / 4
     scale = 1000.0 / (high - low)
-    return Timestep(scale=scale, offset=-low * scale)
+    return TimestepArgument(scale=scale, offset=-low * scale)
 
 
 # The text is a tensor, or the first of a tuple with image conditions. Anima is a Cosmos.
@@ -84,10 +92,10 @@ COSMOS = FamilySpec(
     name="cosmos",
     denoiser="CosmosTransformer3DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text="encoder_hidden_states",
-            sides=(Side("attention_mask", dim=3, fill=1.0),),
+            extended=(ExtendedArgument("attention_mask", dim=3, fill=1.0),),
         ),
     ),
     width=named_width("text_embed_dim"),

@@ -10,36 +10,36 @@ from typing import Any
 from torch import nn
 
 from .guards import checkpointing_without_keywords
-from .spec import FamilySpec, Group, Side, Timestep, inner_width, named_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, inner_width, named_width, recipe
 
-_MASK_BEHIND_IMAGE = Side("attention_mask", dim=3, where="text_last", fill=1.0)
+_MASK_BEHIND_IMAGE = ExtendedArgument("attention_mask", dim=3, where="text_last", fill=1.0)
 
 AURA_FLOW = FamilySpec(
     name="aura-flow",
     denoiser="AuraFlowTransformer2DModel",
     groups=(
-        Group("joint_transformer_blocks", text="encoder_hidden_states", returns=0),
-        Group("single_transformer_blocks", text="hidden_states", returns="self"),
+        BlockGroup("joint_transformer_blocks", text="encoder_hidden_states", returns=0),
+        BlockGroup("single_transformer_blocks", text="hidden_states", returns="self"),
     ),
     width=inner_width,
     defaults=recipe(inner_width, "num_mmdit_layers", "num_single_dit_layers"),
-    timestep=Timestep(scale=1000.0),
+    timestep=TimestepArgument(scale=1000.0),
 )
 
 COGVIEW3_PLUS = FamilySpec(
     name="cogview3-plus",
     denoiser="CogView3PlusTransformer2DModel",
-    groups=(Group("transformer_blocks", text="encoder_hidden_states", returns=1),),
+    groups=(BlockGroup("transformer_blocks", text="encoder_hidden_states", returns=1),),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
 )
 
 # The mask is made 0 and 1 and added to the attention logits: 1 is what a valid token gets.
-_TEXT_MASK = Side("attention_mask", dim=1, fill=1.0)
+_TEXT_MASK = ExtendedArgument("attention_mask", dim=1, fill=1.0)
 COGVIEW4 = FamilySpec(
     name="cogview4",
     denoiser="CogView4Transformer2DModel",
-    groups=(Group("transformer_blocks", text="encoder_hidden_states", returns=1, sides=(_TEXT_MASK,)),),
+    groups=(BlockGroup("transformer_blocks", text="encoder_hidden_states", returns=1, extended=(_TEXT_MASK,)),),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
 )
@@ -61,7 +61,7 @@ GLM_IMAGE = FamilySpec(
     groups=COGVIEW4.groups,
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
-    timestep=Timestep(offset=1.0),
+    timestep=TimestepArgument(offset=1.0),
     guards=(_text_in_image_cache,),
 )
 
@@ -70,8 +70,10 @@ HUNYUAN_IMAGE = FamilySpec(
     name="hunyuan-image",
     denoiser="HunyuanImageTransformer2DModel",
     groups=(
-        Group("transformer_blocks", text="encoder_hidden_states", returns=1, sides=(_MASK_BEHIND_IMAGE,)),
-        Group("single_transformer_blocks", text="encoder_hidden_states", returns=1, sides=(_MASK_BEHIND_IMAGE,)),
+        BlockGroup("transformer_blocks", text="encoder_hidden_states", returns=1, extended=(_MASK_BEHIND_IMAGE,)),
+        BlockGroup(
+            "single_transformer_blocks", text="encoder_hidden_states", returns=1, extended=(_MASK_BEHIND_IMAGE,)
+        ),
     ),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers", "num_single_layers"),
@@ -83,22 +85,25 @@ HIDREAM = FamilySpec(
     name="hidream",
     denoiser="HiDreamImageTransformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "double_stream_blocks",
             text="encoder_hidden_states",
             returns=1,
-            sides=(Side("image_rotary_emb", dim=1, where="text_last"),),
+            extended=(ExtendedArgument("image_rotary_emb", dim=1, where="text_last"),),
         ),
-        Group(
+        BlockGroup(
             "single_stream_blocks",
             text="hidden_states",
             returns="self",
-            sides=(Side("image_rotary_emb", dim=1, fill="identity"), Side("hidden_states_masks", dim=1, fill=1.0)),
+            extended=(
+                ExtendedArgument("image_rotary_emb", dim=1, fill="identity"),
+                ExtendedArgument("hidden_states_masks", dim=1, fill=1.0),
+            ),
         ),
     ),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers", "num_single_layers"),
-    timestep=Timestep("timesteps"),
+    timestep=TimestepArgument("timesteps"),
 )
 
 _HIDDEN_SIZE = named_width("hidden_size")
@@ -107,11 +112,11 @@ JOY_IMAGE_EDIT = FamilySpec(
     name="joyimage-edit",
     denoiser="JoyImageEditTransformer3DModel",
     groups=(
-        Group(
+        BlockGroup(
             "double_blocks",
             text="encoder_hidden_states",
             returns=1,
-            sides=(Side("image_rotary_emb", dim=0, select=1, each=True),),
+            extended=(ExtendedArgument("image_rotary_emb", dim=0, select=1, each=True),),
         ),
     ),
     width=_HIDDEN_SIZE,
@@ -120,7 +125,7 @@ JOY_IMAGE_EDIT = FamilySpec(
 JOY_IMAGE_EDIT_PLUS = FamilySpec(
     name="joyimage-edit-plus",
     denoiser="JoyImageEditPlusTransformer3DModel",
-    groups=(Group("double_blocks", text="encoder_hidden_states", returns=1, sides=(_MASK_BEHIND_IMAGE,)),),
+    groups=(BlockGroup("double_blocks", text="encoder_hidden_states", returns=1, extended=(_MASK_BEHIND_IMAGE,)),),
     width=_HIDDEN_SIZE,
     defaults=recipe(_HIDDEN_SIZE, "num_layers"),
 )

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .spec import FamilySpec, Group, Side, Timestep, inner_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, inner_width, recipe
 
-_ROTARY = Side("image_rotary_emb", dim=0, each=True)
-_DUAL = Group("transformer_blocks", text="encoder_hidden_states", returns=0, sides=(_ROTARY,))
-_APART = Group("single_transformer_blocks", text="encoder_hidden_states", returns=0, sides=(_ROTARY,))
-_JOINT = Group("single_transformer_blocks", text="hidden_states", returns="self", sides=(_ROTARY,))
-_ZERO_TO_ONE = Timestep(scale=1000.0)
+_ROTARY = ExtendedArgument("image_rotary_emb", dim=0, each=True)
+_DUAL = BlockGroup("transformer_blocks", text="encoder_hidden_states", returns=0, extended=(_ROTARY,))
+_APART = BlockGroup("single_transformer_blocks", text="encoder_hidden_states", returns=0, extended=(_ROTARY,))
+_JOINT = BlockGroup("single_transformer_blocks", text="hidden_states", returns="self", extended=(_ROTARY,))
+_ZERO_TO_ONE = TimestepArgument(scale=1000.0)
 _RECIPE = recipe(inner_width, "num_layers", "num_single_layers")
 
 FLUX = FamilySpec(
@@ -33,7 +33,7 @@ FLUX = FamilySpec(
 
 OVIS_IMAGE = replace(FLUX, name="ovis-image", denoiser="OvisImageTransformer2DModel")
 LONGCAT_IMAGE = replace(FLUX, name="longcat-image", denoiser="LongCatImageTransformer2DModel")
-BRIA = replace(FLUX, name="bria", denoiser="BriaTransformer2DModel", timestep=Timestep())
+BRIA = replace(FLUX, name="bria", denoiser="BriaTransformer2DModel", timestep=TimestepArgument())
 
 
 def _count_text(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ FLUX2 = replace(
     denoiser="Flux2Transformer2DModel",
     groups=(
         _DUAL,
-        replace(_JOINT, sides=(_ROTARY, Side("temb_mod", dim=1, per_token=True)), fix=_count_text),
+        replace(_JOINT, extended=(_ROTARY, ExtendedArgument("temb_mod", dim=1, per_token=True)), adjust=_count_text),
     ),
 )
 # Text has a modulation of its own, a row for each token.
@@ -58,7 +58,7 @@ FLUX3 = replace(
     FLUX,
     name="flux3",
     denoiser="Flux3Transformer2DModel",
-    groups=(replace(_APART, sides=(_ROTARY, Side("temb_mod_context", dim=1, per_token=True))),),
+    groups=(replace(_APART, extended=(_ROTARY, ExtendedArgument("temb_mod_context", dim=1, per_token=True))),),
     defaults=recipe(inner_width, "num_single_layers"),
 )
 
@@ -74,19 +74,19 @@ def _mask_under_checkpointing(denoiser: nn.Module, arguments: Mapping[str, Any])
     )
 
 
-_MASK = Side("attention_mask", dim=1, fill=1.0)
+_MASK = ExtendedArgument("attention_mask", dim=1, fill=1.0)
 CHROMA = replace(
     FLUX,
     name="chroma",
     denoiser="ChromaTransformer2DModel",
-    groups=(replace(_DUAL, sides=(_ROTARY, _MASK)), replace(_JOINT, sides=(_ROTARY, _MASK))),
+    groups=(replace(_DUAL, extended=(_ROTARY, _MASK)), replace(_JOINT, extended=(_ROTARY, _MASK))),
     guards=(_mask_under_checkpointing,),
 )
-_NESTED_MASK = Side("joint_attention_kwargs", dim=3, select="attention_mask", fill=1.0)
+_NESTED_MASK = ExtendedArgument("joint_attention_kwargs", dim=3, select="attention_mask", fill=1.0)
 FIBO = replace(
     FLUX,
     name="fibo",
     denoiser="BriaFiboTransformer2DModel",
-    groups=(replace(_DUAL, sides=(_ROTARY, _NESTED_MASK)), replace(_JOINT, sides=(_ROTARY, _NESTED_MASK))),
-    timestep=Timestep(),
+    groups=(replace(_DUAL, extended=(_ROTARY, _NESTED_MASK)), replace(_JOINT, extended=(_ROTARY, _NESTED_MASK))),
+    timestep=TimestepArgument(),
 )

@@ -1,6 +1,6 @@
 """Denoisers of one packed sequence, whose rows and not its samples have levels of noise: the noisiest counts."""
 
-from .spec import FamilySpec, Group, Side, Timestep, named_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, named_width, recipe
 
 _HIDDEN_SIZE = named_width("hidden_size")
 
@@ -10,17 +10,20 @@ COSMOS3 = FamilySpec(
     name="cosmos3",
     denoiser="Cosmos3OmniTransformer",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="und_seq",
             returns=0,
             seq_dim=0,
-            sides=(Side("rotary_emb", dim=0, select=0), Side("rotary_emb", dim=0, select=1)),
+            extended=(
+                ExtendedArgument("rotary_emb", dim=0, select=0),
+                ExtendedArgument("rotary_emb", dim=0, select=1),
+            ),
         ),
     ),
     width=_HIDDEN_SIZE,
     defaults=recipe(_HIDDEN_SIZE, "num_hidden_layers"),
-    timestep=Timestep("vision_timesteps", per_sample=False),
+    timestep=TimestepArgument("vision_timesteps", per_sample=False),
 )
 
 # Text, sound and video in one sequence, text first; each row names its modulation by an index.
@@ -28,14 +31,14 @@ MINIMAX_H3 = FamilySpec(
     name="minimax-h3",
     denoiser="MiniMaxH3Transformer3DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text="hidden_states",
             returns="self",
-            sides=(Side("adaln_indices", dim=0), Side("rotary_emb", dim=0, each=True)),
+            extended=(ExtendedArgument("adaln_indices", dim=0), ExtendedArgument("rotary_emb", dim=0, each=True)),
         ),
     ),
     width=_HIDDEN_SIZE,
     defaults=recipe(_HIDDEN_SIZE, "num_layers"),
-    timestep=Timestep(scale=1000.0, reverse=True, per_sample=False),
+    timestep=TimestepArgument(scale=1000.0, reverse=True, per_sample=False),
 )

@@ -12,22 +12,25 @@ from typing import Any
 
 from torch import nn
 
-from .spec import FamilySpec, Group, Side, Timestep, inner_width, named_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, inner_width, named_width, recipe
 
 QWEN_IMAGE = FamilySpec(
     name="qwen-image",
     denoiser="QwenImageTransformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=0,
-            sides=(Side("encoder_hidden_states_mask", dim=1, fill=1.0), Side("image_rotary_emb", dim=0, select=1)),
+            extended=(
+                ExtendedArgument("encoder_hidden_states_mask", dim=1, fill=1.0),
+                ExtendedArgument("image_rotary_emb", dim=0, select=1),
+            ),
         ),
     ),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
-    timestep=Timestep(scale=1000.0),
+    timestep=TimestepArgument(scale=1000.0),
 )
 
 
@@ -46,18 +49,18 @@ NUCLEUS_IMAGE = FamilySpec(
     name="nucleus-image",
     denoiser="NucleusMoEImageTransformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text="encoder_hidden_states",
-            sides=(
-                Side("image_rotary_emb", dim=0, select=1),
-                Side("attention_kwargs", dim=1, select="attention_mask", where="text_last", fill=1.0),
+            extended=(
+                ExtendedArgument("image_rotary_emb", dim=0, select=1),
+                ExtendedArgument("attention_kwargs", dim=1, select="attention_mask", where="text_last", fill=1.0),
             ),
         ),
     ),
     width=_NUCLEUS_WIDTH,
     defaults=recipe(_NUCLEUS_WIDTH, "num_layers"),
-    timestep=Timestep(scale=1000.0),
+    timestep=TimestepArgument(scale=1000.0),
     guards=(_text_cache,),
 )
 
@@ -97,22 +100,22 @@ QWEN_IMAGE_21 = FamilySpec(
     name="qwen-image-2.1",
     denoiser="QwenImage21Transformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text="hidden_states",
             returns="self",
-            sides=(
-                Side("rotary_emb", dim=0, fill="identity"),
-                Side("target_token_mask", dim=0, fill=0.0),
-                Side("key_valid", dim=1, fill=1.0),
-                Side("attention_mask", dim=3, where="text_last", fill=1.0),
+            extended=(
+                ExtendedArgument("rotary_emb", dim=0, fill="identity"),
+                ExtendedArgument("target_token_mask", dim=0, fill=0.0),
+                ExtendedArgument("key_valid", dim=1, fill=1.0),
+                ExtendedArgument("attention_mask", dim=3, where="text_last", fill=1.0),
             ),
-            fix=_shift_segments,
+            adjust=_shift_segments,
         ),
     ),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
-    timestep=Timestep(scale=1000.0),
+    timestep=TimestepArgument(scale=1000.0),
     guards=(_block_mask,),
     timed_guards=(_timed_cache,),
 )

@@ -6,12 +6,12 @@ A block concatenates the two streams for one attention without positions for tex
 Source: SoftREPA, arXiv 2503.08250; shapes of the published SD3 adapter.
 """
 
-from .spec import FamilySpec, Group, layered_defaults
+from .spec import BlockGroup, FamilySpec, layered_defaults
 
 SD3 = FamilySpec(
     name="sd3",
     denoiser="SD3Transformer2DModel",
-    groups=(Group("transformer_blocks", text="encoder_hidden_states", returns=0),),
+    groups=(BlockGroup("transformer_blocks", text="encoder_hidden_states", returns=0),),
     width=lambda config: config["caption_projection_dim"],
     defaults=lambda config: layered_defaults(config["num_layers"], config["caption_projection_dim"]),
 )

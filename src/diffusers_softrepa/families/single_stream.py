@@ -4,43 +4,47 @@ Tokens go to the front of the sequence, wherever its text begins, and are cut of
 masks, rotary rows and modulation, which grow at the front as well.
 """
 
-from .spec import FamilySpec, Group, Side, Timestep, inner_width, named_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, inner_width, named_width, recipe
 
 # The sequence is image, then text; in the first row there is no text to copy the rotary row of.
 Z_IMAGE = FamilySpec(
     name="z-image",
     denoiser="ZImageTransformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="x",
             returns="self",
-            sides=(
-                Side("attn_mask", dim=1, fill=1.0),
-                Side("freqs_cis", dim=1, fill="identity"),
-                Side("noise_mask", dim=1),
+            extended=(
+                ExtendedArgument("attn_mask", dim=1, fill=1.0),
+                ExtendedArgument("freqs_cis", dim=1, fill="identity"),
+                ExtendedArgument("noise_mask", dim=1),
             ),
         ),
     ),
     width=named_width("dim"),
     defaults=recipe(named_width("dim"), "n_layers"),
-    timestep=Timestep("t", scale=1000.0, reverse=True),
+    timestep=TimestepArgument("t", scale=1000.0, reverse=True),
 )
 
-_ZERO_TO_ONE = Timestep(scale=1000.0)
-_IMAGE_AT_ONE = Timestep(scale=1000.0, reverse=True)
-_COS_SIN = Side("image_rotary_emb", dim=0, each=True)
+_ZERO_TO_ONE = TimestepArgument(scale=1000.0)
+_IMAGE_AT_ONE = TimestepArgument(scale=1000.0, reverse=True)
+_COS_SIN = ExtendedArgument("image_rotary_emb", dim=0, each=True)
 _HIDDEN_SIZE = named_width("hidden_size")
 
 KREA2 = FamilySpec(
     name="krea2",
     denoiser="Krea2Transformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text="hidden_states",
             returns="self",
-            sides=(_COS_SIN, Side("attention_mask", dim=3, fill=1.0), Side("temb", dim=1, per_token=True)),
+            extended=(
+                _COS_SIN,
+                ExtendedArgument("attention_mask", dim=3, fill=1.0),
+                ExtendedArgument("temb", dim=1, per_token=True),
+            ),
         ),
     ),
     width=inner_width,
@@ -53,11 +57,14 @@ LUMINA2 = FamilySpec(
     name="lumina2",
     denoiser="Lumina2Transformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="hidden_states",
             returns="self",
-            sides=(Side("attention_mask", dim=1, fill=1.0), Side("image_rotary_emb", dim=1)),
+            extended=(
+                ExtendedArgument("attention_mask", dim=1, fill=1.0),
+                ExtendedArgument("image_rotary_emb", dim=1),
+            ),
         ),
     ),
     width=_HIDDEN_SIZE,
@@ -70,11 +77,11 @@ OMNIGEN = FamilySpec(
     name="omnigen",
     denoiser="OmniGenTransformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="hidden_states",
             returns="self",
-            sides=(Side("attention_mask", dim=3, full=True, fill=0.0), _COS_SIN),
+            extended=(ExtendedArgument("attention_mask", dim=3, full=True, fill=0.0), _COS_SIN),
         ),
     ),
     width=_HIDDEN_SIZE,
@@ -87,14 +94,14 @@ IDEOGRAM4 = FamilySpec(
     name="ideogram4",
     denoiser="Ideogram4Transformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="hidden_states",
             returns="self",
-            sides=(
-                Side("attention_mask", dim=3, full=True, fill=1.0),
-                Side("image_rotary_emb", dim=1, each=True),
-                Side("adaln_input", dim=1, per_token=True),
+            extended=(
+                ExtendedArgument("attention_mask", dim=3, full=True, fill=1.0),
+                ExtendedArgument("image_rotary_emb", dim=1, each=True),
+                ExtendedArgument("adaln_input", dim=1, per_token=True),
             ),
         ),
     ),
@@ -108,15 +115,15 @@ ERNIE_IMAGE = FamilySpec(
     name="ernie-image",
     denoiser="ErnieImageTransformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="x",
             returns="self",
             seq_dim=0,
-            sides=(
-                Side("rotary_pos_emb", dim=1, fill=0.0),
-                Side("temb", dim=0, each=True, per_token=True),
-                Side("attention_mask", dim=3, fill=1.0),
+            extended=(
+                ExtendedArgument("rotary_pos_emb", dim=1, fill=0.0),
+                ExtendedArgument("temb", dim=0, each=True, per_token=True),
+                ExtendedArgument("attention_mask", dim=3, fill=1.0),
             ),
         ),
     ),
@@ -129,14 +136,14 @@ FIBO2 = FamilySpec(
     name="fibo2",
     denoiser="BriaFibo2Transformer2DModel",
     groups=(
-        Group(
+        BlockGroup(
             "layers",
             text="x",
             returns="self",
-            sides=(
-                Side("attn_mask", dim=1, fill=1.0),
-                Side("freqs_cis", dim=1, fill="identity"),
-                Side("noise_mask", dim=1, fill=0.0),
+            extended=(
+                ExtendedArgument("attn_mask", dim=1, fill=1.0),
+                ExtendedArgument("freqs_cis", dim=1, fill="identity"),
+                ExtendedArgument("noise_mask", dim=1, fill=0.0),
             ),
         ),
     ),

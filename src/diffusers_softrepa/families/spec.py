@@ -18,7 +18,7 @@ Guard = Callable[[nn.Module, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
-class Side:
+class ExtendedArgument:
     """A block argument that runs along the text stream and must grow with it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Group:
+class BlockGroup:
     """Blocks of a denoiser that read text in the same way.
 
     Attributes:
@@ -58,7 +58,7 @@ class Group:
         returns: Index of the text stream in the block's output tuple; `"self"` when the block returns one tensor that
             is the stream; None when a block reads text and returns none.
         at: Row of the text stream before which the tokens are inserted, or the name of the block argument that says.
-        sides: What else grows.
+        extended: What else grows.
         stage: Name by which a config picks this group; None for groups whose blocks are numbered layers.
         needs: Name of a boolean attribute of the block, or a predicate on the block; blocks for which it is False, or
             that have no such attribute, read no text.
@@ -67,7 +67,7 @@ class Group:
         level: `"block"` inserts the tokens into the block's text argument; `"kv"` into the inputs of its text
             projections, for blocks that count the rows of their text before they project them.
         projections: For level `"kv"`: those projections, submodules of the block.
-        fix: Last resort, for what no word above can say: from the bound arguments of a call that already has the
+        adjust: Last resort, for what no word above can say: from the bound arguments of a call that already has the
             tokens, and K, to the arguments that must differ.
     """
 
@@ -75,14 +75,14 @@ class Group:
     text: str | tuple[str, ...]
     returns: int | Literal["self"] | None = None
     at: int | str = 0
-    sides: tuple[Side, ...] = ()
+    extended: tuple[ExtendedArgument, ...] = ()
     stage: str | None = None
     needs: str | Callable[[nn.Module], bool] | None = None
     seq_dim: Literal[0, 1] = 1
     limit: Callable[[nn.Module], int] | None = None
     level: Literal["block", "kv"] = "block"
     projections: tuple[str, ...] = ("attn2.to_k", "attn2.to_v")
-    fix: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    adjust: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Timestep:
+class TimestepArgument:
     """How the pipeline hands the noise level to the denoiser.
 
     With `t` as the denoiser gets it, the noise level on the 0..1000 scale, 1000 being noise, is `scale * t + offset`,
@@ -156,15 +156,15 @@ class FamilySpec:
 
     name: str
     denoiser: str
-    groups: tuple[Group, ...]
+    groups: tuple[BlockGroup, ...]
     width: Callable[[Mapping[str, Any]], int]
     defaults: Callable[[Mapping[str, Any]], dict[str, Any]]
-    timestep: Timestep = field(default_factory=Timestep)
-    clock: Callable[[Mapping[str, Any]], Timestep] | None = None
+    timestep: TimestepArgument = field(default_factory=TimestepArgument)
+    clock: Callable[[Mapping[str, Any]], TimestepArgument] | None = None
     guards: tuple[Guard, ...] = ()
     timed_guards: tuple[Guard, ...] = ()
 
-    def timestep_of(self, config: Mapping[str, Any]) -> Timestep:
+    def timestep_of(self, config: Mapping[str, Any]) -> TimestepArgument:
         """Returns where the noise level is, and on which scale, for a denoiser with this config."""
         return self.timestep if self.clock is None else self.clock(config)
 
@@ -180,7 +180,7 @@ class Block:
 
     path: str
     module: nn.Module
-    group: Group
+    group: BlockGroup
 
 
 def text_blocks(denoiser: nn.Module, spec: FamilySpec) -> list[Block]:

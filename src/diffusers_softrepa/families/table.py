@@ -5,7 +5,7 @@
 
 from collections.abc import Iterable
 
-from .spec import FamilySpec, Group, Side
+from .spec import BlockGroup, ExtendedArgument, FamilySpec
 
 _HEAD = """\
 <!-- Written by `python -m diffusers_softrepa.families.table` from the specs; edit those instead. -->
@@ -33,17 +33,17 @@ def families_page(specs: Iterable[FamilySpec]) -> str:
 
 def _row(spec: FamilySpec) -> str:
     blocks = "<br>".join(f"`{group.path}`: {_text(group)}" for group in spec.groups)
-    grown = dict.fromkeys(_grown(side) for group in spec.groups for side in group.sides)
+    grown = dict.fromkeys(_grown(side) for group in spec.groups for side in group.extended)
     return f"| `{spec.denoiser}` | `{spec.name}` | {blocks} | {', '.join(grown) or 'nothing'} | {_clock(spec)} |"
 
 
-def _text(group: Group) -> str:
+def _text(group: BlockGroup) -> str:
     names = " and ".join(f"`{name}`" for name in group.texts)
     kind = "joint" if group.returns == "self" else "read" if group.returns is None else "dual"
     return f"{names}, {kind}" + (", at its projections" if group.level == "kv" else "")
 
 
-def _grown(side: Side) -> str:
+def _grown(side: ExtendedArgument) -> str:
     return f"`{side.arg}`" if side.select is None else f"`{side.arg}[{side.select!r}]`"
 
 

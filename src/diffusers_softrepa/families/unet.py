@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .spec import FamilySpec, Group, Side
+from .spec import BlockGroup, ExtendedArgument, FamilySpec
 
 
-def _group(path: str, stage: str) -> Group:
-    return Group(
+def _group(path: str, stage: str) -> BlockGroup:
+    return BlockGroup(
         path,
         text="encoder_hidden_states",
         at=1,
         # The UNet turns its text mask into an additive bias, (batch, 1, sequence), before any block sees it.
-        sides=(Side("encoder_attention_mask", dim=2, fill=0.0),),
+        extended=(ExtendedArgument("encoder_attention_mask", dim=2, fill=0.0),),
         stage=stage,
         needs="has_cross_attention",
     )
@@ -57,9 +57,13 @@ def _reads_context(block: Any) -> bool:
     return block.context_dim is not None
 
 
-def _kandinsky_group(path: str, stage: str) -> Group:
-    return Group(
-        path, text="context", sides=(Side("context_mask", dim=2, fill=0.0),), stage=stage, needs=_reads_context
+def _kandinsky_group(path: str, stage: str) -> BlockGroup:
+    return BlockGroup(
+        path,
+        text="context",
+        extended=(ExtendedArgument("context_mask", dim=2, fill=0.0),),
+        stage=stage,
+        needs=_reads_context,
     )
 
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .spec import FamilySpec, Group, Side, named_width, recipe
+from .spec import BlockGroup, ExtendedArgument, FamilySpec, named_width, recipe
 from .unet import UNET
 
 _WIDTH = named_width("cross_attention_dim")
 # The denoiser turns its text mask into an additive bias, (batch, 1, sequence), before any block sees it.
-_BIAS = Side("encoder_attention_mask", dim=2, fill=0.0)
-_READ = Group("transformer_blocks", text="encoder_hidden_states", sides=(_BIAS,))
+_BIAS = ExtendedArgument("encoder_attention_mask", dim=2, fill=0.0)
+_READ = BlockGroup("transformer_blocks", text="encoder_hidden_states", extended=(_BIAS,))
 
 # Timesteps may differ from token to token.
 LTX = FamilySpec(
@@ -44,10 +44,10 @@ LTX2 = FamilySpec(
     name="ltx2",
     denoiser="LTX2VideoTransformer3DModel",
     groups=(
-        Group(
+        BlockGroup(
             "transformer_blocks",
             text=("encoder_hidden_states", "audio_encoder_hidden_states"),
-            sides=(_BIAS, replace(_BIAS, arg="audio_encoder_attention_mask")),
+            extended=(_BIAS, replace(_BIAS, arg="audio_encoder_attention_mask")),
         ),
     ),
     width=_ltx2_width,
@@ -63,10 +63,10 @@ KANDINSKY6 = FamilySpec(
     name="kandinsky6",
     denoiser="Kandinsky6Transformer3DModel",
     groups=(
-        Group(
+        BlockGroup(
             "visual_transformer_blocks",
             text=("text_v", "text_a"),
-            sides=(Side("attn_mask", dim=1, fill=1.0),),
+            extended=(ExtendedArgument("attn_mask", dim=1, fill=1.0),),
         ),
     ),
     width=_kandinsky6_width,

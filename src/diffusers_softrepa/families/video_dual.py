@@ -8,11 +8,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .spec import FamilySpec, Group, Side, Timestep, inner_width, layered_defaults, named_width, recipe
+from .spec import (
+    BlockGroup,
+    ExtendedArgument,
+    FamilySpec,
+    TimestepArgument,
+    inner_width,
+    layered_defaults,
+    named_width,
+    recipe,
+)
 
 _TEXT = "encoder_hidden_states"
-_MASK_BEHIND_VIDEO = Side("attention_mask", dim=3, where="text_last", fill=1.0)
-_DUAL = Group("transformer_blocks", _TEXT, returns=1, sides=(_MASK_BEHIND_VIDEO,))
+_MASK_BEHIND_VIDEO = ExtendedArgument("attention_mask", dim=3, where="text_last", fill=1.0)
+_DUAL = BlockGroup("transformer_blocks", _TEXT, returns=1, extended=(_MASK_BEHIND_VIDEO,))
 _APART = replace(_DUAL, path="single_transformer_blocks")
 
 HUNYUAN_VIDEO = FamilySpec(
@@ -29,7 +38,7 @@ HUNYUAN_VIDEO_FRAMEPACK = replace(
 HUNYUAN_VIDEO_15 = FamilySpec(
     name="hunyuan-video-1.5",
     denoiser="HunyuanVideo15Transformer3DModel",
-    groups=(replace(_DUAL, sides=(Side("attention_mask", dim=1, fill=1.0),)),),
+    groups=(replace(_DUAL, extended=(ExtendedArgument("attention_mask", dim=1, fill=1.0),)),),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
 )
@@ -37,7 +46,7 @@ HUNYUAN_VIDEO_15 = FamilySpec(
 COGVIDEOX = FamilySpec(
     name="cogvideox",
     denoiser="CogVideoXTransformer3DModel",
-    groups=(Group("transformer_blocks", _TEXT, returns=1),),
+    groups=(BlockGroup("transformer_blocks", _TEXT, returns=1),),
     width=inner_width,
     defaults=recipe(inner_width, "num_layers"),
 )
@@ -49,10 +58,10 @@ _MOCHI_WIDTH = named_width("pooled_projection_dim")
 MOCHI = FamilySpec(
     name="mochi",
     denoiser="MochiTransformer3DModel",
-    groups=(replace(_DUAL, sides=(Side("encoder_attention_mask", dim=1, fill=1.0),)),),
+    groups=(replace(_DUAL, extended=(ExtendedArgument("encoder_attention_mask", dim=1, fill=1.0),)),),
     width=_MOCHI_WIDTH,
     defaults=recipe(_MOCHI_WIDTH, "num_layers"),
-    timestep=Timestep(reverse=True),
+    timestep=TimestepArgument(reverse=True),
 )
 
 

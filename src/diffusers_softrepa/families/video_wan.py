@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from .guards import checkpointing_without_keywords
-from .spec import FamilySpec, Group, inner_width, layered_defaults, named_width, recipe
+from .spec import BlockGroup, FamilySpec, inner_width, layered_defaults, named_width, recipe
 
 
 def _counts_rows(block: Any) -> bool:
@@ -24,9 +24,9 @@ def _counts_no_rows(block: Any) -> bool:
     return not _counts_rows(block)
 
 
-def _groups(path: str) -> tuple[Group, Group]:
+def _groups(path: str) -> tuple[BlockGroup, BlockGroup]:
     text = "encoder_hidden_states"
-    return Group(path, text, needs=_counts_no_rows), Group(path, text, needs=_counts_rows, level="kv")
+    return BlockGroup(path, text, needs=_counts_no_rows), BlockGroup(path, text, needs=_counts_rows, level="kv")
 
 
 def _fused_projections(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -66,7 +66,7 @@ WAN_VACE = replace(
     defaults=lambda config: layered_defaults(_vace_depth(config), inner_width(config)),
 )
 
-_READ = Group("blocks", text="encoder_hidden_states")
+_READ = BlockGroup("blocks", text="encoder_hidden_states")
 
 # Text and image share their projections, so nothing counts rows.
 ANYFLOW = FamilySpec(
