@@ -23,7 +23,7 @@ from ..config import SoftREPAConfig
 from ..files import write_whole
 from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
 from ..objectives import Objective
-from ..quoting import in_markdown, one_line
+from ..quoting import in_markdown, markdown_table, one_line
 from .arguments import ContrastiveFlowMatchingArguments
 from .calibration import sum_up
 from .callbacks import TrainerCallback, TrainerState
@@ -300,5 +300,4 @@ def _with_error(entry: Mapping[str, float], name: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [[in_markdown(cell) for cell in line] for line in (heads, *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(heads), *cells[1:]))
+    return markdown_table(list(map(in_markdown, heads)), [list(map(in_markdown, row)) for row in rows])

@@ -23,12 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...files import write_whole
+from ...fingerprints import fingerprint, weights_fingerprint
 from ...quoting import human_bytes
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class TensorCache:
         self, directory: str | os.PathLike[str], settings: Mapping[str, Any], *, max_cache_bytes: int | None = None
     ) -> None:
         text = json.dumps(settings, sort_keys=True, indent=2, default=str)
-        self.folder = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = Path(directory) / fingerprint(text)
         self.max_cache_bytes = max_cache_bytes
         self._present: int | None = None  # bytes when last counted, and what this process has written since
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,20 +213,14 @@ def model_fingerprint(model: nn.Module, name: str = "") -> str:
     """Returns a short text that is the same for the same model: a hash of its class, config and some of its weights.
 
     Args:
-        model: An encoder; weights that are not in memory (`meta`) are left out.
+        model: An encoder; weights that are not in memory (`meta`) count by shape and dtype.
         name: Path or Hub name, if it should count too.
     """
     config = getattr(model, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     config = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    digest = hashlib.sha256(json.dumps([name, type(model).__name__, config], sort_keys=True, default=str).encode())
-    weights = list(model.named_parameters())
-    for key, weight in weights[:: max(1, len(weights) // 16)]:
-        digest.update(f"{key} {tuple(weight.shape)} {weight.dtype} ".encode())
-        values = weight.data
-        if type(values) is Tensor and not values.is_meta:  # some quantised weights are tensors of another class
-            digest.update(values.flatten()[:16].cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    facts = [name, type(model).__name__, config, weights_fingerprint(model)]
+    return fingerprint(json.dumps(facts, sort_keys=True, default=str))
 
 
 def _on_disk(size: int) -> int:
