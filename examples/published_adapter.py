@@ -44,7 +44,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one run of the pipeline gave.
+    """The result of one call of the pipeline.
 
     Attributes:
         image: The decoded image.
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def convert_published(published: str | None, output: Path) -> Path:
-    """Converts the authors' files, or a stand-in where there are none; returns the adapter's folder."""
+    """Converts the authors' files, or random ones if there are none, and returns the folder of the adapter."""
     source = Path(published) if published else write_stand_in(output / "stand-in")
     kind = "the published SD3 adapter" if published else "NOT the published adapter but random numbers in its shapes"
     print(f"   {source}: {kind}. Converted without running any pickle code:")
@@ -128,7 +128,7 @@ def write_stand_in(folder: Path) -> Path:
 
 
 def make_pipeline(num_blocks: int) -> StableDiffusion3Pipeline:
-    """Returns a pipeline in which every width that SD3's blocks, text and latents have is the real one."""
+    """Returns a pipeline with random weights whose blocks, text and latents have the widths of SD3."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=128,
@@ -174,7 +174,7 @@ def switch_off_and_on(
     draw: Callable[[str], Drawing],
     expected: Mapping[str, tuple[Drawing, Drawing]],
 ) -> None:
-    """Draws every image with the adapter off and on, in turns so that the times compare, against (base, adapted)."""
+    """Draws every image with the adapter off and on alternately, so that their times can be compared."""
     drawings = []
     for caption in expected:
         pipe.disable_softrepa()
@@ -191,7 +191,7 @@ def switch_off_and_on(
 
 
 def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
-    """Draws the same image at each weight and prints how far it went from the base."""
+    """Draws the same image at each weight and prints its distance from that of the base model."""
     drawings = []
     for weight in WEIGHTS:
         pipe.set_softrepa("softrepa", weight)
@@ -203,7 +203,7 @@ def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
 
 
 def save_grid(path: Path, captions: Sequence[str], base: Sequence[Drawing], adapted: Sequence[Drawing]) -> None:
-    """Writes one image: a row for each caption, with base, adapter and where they differ side by side."""
+    """Writes a grid with a row for each caption: base model, adapter, and the difference between them."""
     size, gap, line = 256, 8, 20
     columns = ("base", "with the adapter", "where the latents differ (scaled)")
     canvas = Image.new("RGB", (3 * (size + gap) + gap, line + len(captions) * (size + line + gap)), "white")
@@ -279,13 +279,13 @@ def _median_step(drawings: Sequence[Drawing]) -> float:
 
 
 def _difference(one: Tensor, other: Tensor) -> Image.Image:
-    """Returns how much each place of the latents changed, white for the most."""
+    """Returns the change of the latents as an image, in which white is the largest change."""
     change = (one - other)[0].norm(dim=0)  # (height, width)
     return ImageOps.autocontrast(Image.fromarray((255 * change / change.max()).to(torch.uint8).numpy()))
 
 
 def _claim(sentence: str, holds: bool) -> None:
-    """Prints what must be true, and stops the demo when it is not."""
+    """Prints a claim, and stops the demo if it does not hold."""
     if not holds:
         raise SystemExit(f"   NOT SO: {sentence}")
     print(f"   Checked: {sentence}.")
