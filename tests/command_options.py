@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers_softrepa.commands import edit, evaluate, generate, info, push, train
 from diffusers_softrepa.commands.settings import parser_of
 from diffusers_softrepa.quoting import markdown_table
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments
 
 PAGE = Path(__file__).parents[1] / "docs" / "command.md"
 FROM_SETTINGS = {"generate": generate, "edit": edit, "evaluate": evaluate, "train": train}
@@ -33,7 +34,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     if name in OTHERS:
         return OTHERS[name].parser()
     module = FROM_SETTINGS[name]
-    return parser_of(name, module.MEANING, module.OPTIONS)
+    classes = [one for one in module.OPTIONS if one is not ContrastiveFlowMatchingArguments]  # in docs/training.md
+    return parser_of(name, module.MEANING, classes)
 
 
 def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
