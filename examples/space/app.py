@@ -99,8 +99,8 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
     steps, guidance = (14, 2.0) if embedded else _defaults(studio.prepare(pipeline))
     with gr.Blocks(title="Soft tokens", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
-            "# Soft tokens\nThe same model draws from the same noise, without and with a SoftREPA adapter. The adapter "
-            "adds a few trained tokens to the text that the model reads; the weights of the model do not change."
+            "# Soft tokens\nThe same model draws from the same noise, without and with a SoftREPA adapter. "
+            "The adapter adds a few trained tokens to the text that the model reads; the weights do not change."
             + (" A green frame marks an image that shows exactly what the prompt asks for." if embedded else "")
         )
         with gr.Row(equal_height=True):
