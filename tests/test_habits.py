@@ -201,6 +201,23 @@ def test_a_compiled_base_trains_the_same_tokens_and_is_not_compiled_afterwards(t
     assert all(part._compiled_call_impl is None for part in pipe.transformer.modules())
 
 
+def test_text_encoders_in_half_precision_get_that_of_the_denoiser(tmp_path: Path):
+    """As `from_pretrained` loads them without a dtype: transformers in the stored precision, diffusers in float32."""
+    pipe = pipeline()
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        getattr(pipe, name).half()
+    train(pipe, tmp_path, validation_prompts=["a cat"], num_validation_inference_steps=1)
+    assert {part.dtype for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_3)} == {torch.float32}
+    assert len(list((tmp_path / "validation").glob("*.png"))) == 2
+
+
+def test_a_resolution_beyond_the_position_embeddings_names_the_setting(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"images of up to \d+ px a side, but resolution=4096 makes .* smaller resolution"
+    ):
+        trainer(tmp_path, resolution=4096)
+
+
 class AveragingSGD(torch.optim.SGD):
     """A schedule-free optimizer in small: trains at one point, and has another in `eval`."""
 
