@@ -237,7 +237,8 @@ def test_optimizers_have_short_names_where_their_package_is_installed(monkeypatc
         ("schedule-free", "schedulefree"),
         ("adamw_8bit", "bitsandbytes"),
     ):
-        monkeypatch.setitem(sys.modules, package, None)
+        for module in (package, f"{package}.optim"):
+            monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=f"needs a package that is not installed .* pip install {package}"):
             make_optimizer(ContrastiveFlowMatchingArguments(optim=name), [parameter])
     monkeypatch.setitem(sys.modules, "prodigyopt", types.SimpleNamespace(Prodigy=torch.optim.Adam))
@@ -264,7 +265,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved(monkeypatch: 
 OPTIMIZERS = {
     "prodigy": "prodigyopt",
     "schedule_free": "schedulefree",
-    "schedule_free_radam": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
     "adamw_8bit": "bitsandbytes",
     "lion_8bit": "bitsandbytes",
 }
