@@ -35,6 +35,11 @@ def test_one_caption_for_all_images_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_data_without_any_caption_say_so(tmp_path: Path):
+    with pytest.raises(ValueError, match="have no caption that can be read: all are absent, empty"):
+        trainer(tmp_path, [{**row, "text": None if number else ""} for number, row in enumerate(rows())])
+
+
 def test_one_caption_is_enough_without_contrast_or_with_written_negatives(tmp_path: Path):
     assert trainer(tmp_path / "denoising", of_one_caption(), objective="denoising", max_steps=1).train().finished
     data = [{**row, "not_text": f"not {number}"} for number, row in enumerate(of_one_caption())]

@@ -201,6 +201,23 @@ def test_a_compiled_base_trains_the_same_tokens_and_is_not_compiled_afterwards(t
     assert all(part._compiled_call_impl is None for part in pipe.transformer.modules())
 
 
+def test_text_encoders_in_half_precision_get_that_of_the_denoiser(tmp_path: Path):
+    """As `from_pretrained` loads them without a dtype: transformers in the stored precision, diffusers in float32."""
+    pipe = pipeline()
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        getattr(pipe, name).half()
+    train(pipe, tmp_path, validation_prompts=["a cat"], num_validation_inference_steps=1)
+    assert {part.dtype for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_3)} == {torch.float32}
+    assert len(list((tmp_path / "validation").glob("*.png"))) == 2
+
+
+def test_a_resolution_beyond_the_position_embeddings_names_the_setting(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"images of up to \d+ px a side, but resolution=4096 makes .* smaller resolution"
+    ):
+        trainer(tmp_path, resolution=4096)
+
+
 class AveragingSGD(torch.optim.SGD):
     """A schedule-free optimizer in small: trains at one point, and has another in `eval`."""
 
@@ -220,7 +237,8 @@ def test_optimizers_have_short_names_where_their_package_is_installed(monkeypatc
         ("schedule-free", "schedulefree"),
         ("adamw_8bit", "bitsandbytes"),
     ):
-        monkeypatch.setitem(sys.modules, package, None)
+        for module in (package, f"{package}.optim"):
+            monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=f"needs a package that is not installed .* pip install {package}"):
             make_optimizer(ContrastiveFlowMatchingArguments(optim=name), [parameter])
     monkeypatch.setitem(sys.modules, "prodigyopt", types.SimpleNamespace(Prodigy=torch.optim.Adam))
@@ -247,7 +265,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved(monkeypatch: 
 OPTIMIZERS = {
     "prodigy": "prodigyopt",
     "schedule_free": "schedulefree",
-    "schedule_free_radam": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
     "adamw_8bit": "bitsandbytes",
     "lion_8bit": "bitsandbytes",
 }

@@ -109,9 +109,9 @@ class StopCallback(TrainerCallback):
                 self._former[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        self.heed(control, given["trainer"].accelerator)
+        self.stop_if_asked(control, given["trainer"].accelerator)
 
-    def heed(self, control: Any, accelerator: Any) -> None:
+    def stop_if_asked(self, control: Any, accelerator: Any) -> None:
         """Stops the run, to be resumed later, if any process got a signal."""
         asked = torch.tensor([int(self.asked)], device=accelerator.device)
         if accelerator.gather(asked).any() and not control.should_training_stop:

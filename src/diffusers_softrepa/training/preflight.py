@@ -71,5 +71,10 @@ def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> 
     if args.max_steps is None and examples.count is None:
         raise ValueError("a stream does not tell its length; give max_steps instead of num_train_epochs")
     if objective.min_negatives and not examples.has_negatives(objective.min_negatives):
+        if not any(examples.captions()):
+            raise ValueError(
+                "the training data have no caption that can be read: all are absent, empty or hold half of a "
+                "character; write one for each image, or name their column with caption_column"
+            )
         raise ValueError(no_negatives(objective))
     return examples

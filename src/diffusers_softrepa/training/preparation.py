@@ -37,8 +37,16 @@ def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditione
         flip=args.random_flip,
         further_resolutions=tuple(args.further_resolutions),
     )
-    for size in framing.sizes:
-        conditioner.latent_shape(*size)
+    config = conditioner.denoiser.config
+    limit = getattr(config, "pos_embed_max_size", None)  # in patches of a side, as SD3 has it
+    for height, width in framing.sizes:
+        _, latent_height, latent_width = conditioner.latent_shape(height, width)
+        if limit is not None and max(latent_height, latent_width) > limit * config.patch_size:
+            most = limit * config.patch_size * (height // latent_height)
+            raise ValueError(
+                f"{type(conditioner.denoiser).__name__} takes images of up to {most} px a side, but resolution="
+                f"{args.resolution} makes images of {height} x {width} px; set a smaller resolution"
+            )
     return framing
 
 
@@ -88,7 +96,8 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
 
     All models are frozen and in evaluation mode, and moved to `device`, except those that are offloaded, spread over
     devices or quantised to 8 or 4 bits. With `cache_text` the text encoders are moved only when the block ends. In
-    mixed precision the denoiser and the text encoders are cast, unless they are quantised; the VAE is not.
+    mixed precision the denoiser and the text encoders are cast, unless they are quantised; the VAE is not. Without it
+    the text encoders get the denoiser's precision.
     Afterwards gradient checkpointing and compilation are as they were before.
 
     Raises:
@@ -100,9 +109,9 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
     for part in models.values():
         part.requires_grad_(False).eval()
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision or "no")
-    if half is not None:
-        for part in (denoiser, *(models[name] for name in encoders)):
-            _cast(part, half)
+    for part in (denoiser, *(models[name] for name in encoders)):
+        if half is not None or part is not denoiser:  # a pipeline draws in one precision
+            _cast(part, half or denoiser.dtype)
     waiting = encoders if args.cache_text else []
     _place(pipeline, [name for name in models if name not in waiting], device)
     was_checkpointing = denoiser.is_gradient_checkpointing

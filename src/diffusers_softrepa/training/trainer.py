@@ -371,7 +371,7 @@ class ContrastiveFlowMatchingTrainer:
         self.encoder.fill(
             self.train_examples, self.accelerator, eval_examples=self.eval_examples, stop=lambda: self._stop.asked
         )
-        self._stop.heed(self.control, self.accelerator)
+        self._stop.stop_if_asked(self.control, self.accelerator)
         if self.control.should_training_stop:
             return
         if self.state.global_step == 0:
