@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "tokens": {"config"},
     "insertion": {"families"},
     "wrapping": set(),
-    "branches": set(),
+    "branches": {"quoting"},
     "injection": {"branches", "families", "insertion", "tokens", "weights", "wrapping"},
     "adapter": {"branches", "config", "families", "injection", "tokens", "weights"},
     "card": {"config", "hub_ids", "quoting"},
@@ -67,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
         "training",
     },
     "__main__": set(),
-    "weights": {"config"},
+    "weights": {"config", "quoting"},
     # Editing, evaluation and training only when they are asked for.
     "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},
 }

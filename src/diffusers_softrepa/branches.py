@@ -17,6 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from .quoting import quoted
+
 GuidanceBranch = Literal["both", "positive"]
 
 _POSITIVE_CONTEXTS, _NEGATIVE_CONTEXTS = ("cond", "pred_cond"), ("uncond", "pred_uncond")
@@ -30,7 +32,7 @@ def checked_branch(branch: Any) -> GuidanceBranch:
         ValueError: It is neither `"both"` nor `"positive"`.
     """
     if branch not in get_args(GuidanceBranch):
-        raise ValueError(f'guidance_branch must be "both" or "positive", but is {branch!r}')
+        raise ValueError(f'guidance_branch must be "both" or "positive", but is {quoted(branch)}')
     return branch
 
 

@@ -1,8 +1,7 @@
-"""The Hub, both ways: one file down, one folder up, and every failure as a sentence that says what to do.
+"""Downloads files of an adapter from the Hub and uploads adapter folders, with one sentence for each failure.
 
-What the Hub's client does itself is left to it: it asks again for what it could not reach, with a growing pause,
-before it falls back to its cache. A download that the server refuses for a moment it gives up at once; that is asked
-for again here.
+huggingface_hub itself retries connections, with growing pauses, before it falls back to its cache. It does not retry a
+download that the server refuses temporarily (429, 5xx); that is done here.
 """
 
 import hashlib
@@ -30,21 +29,21 @@ from .quoting import one_line, quoted
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
-UNKNOWN_REPO = "user/this-adapter"  # stands for the repository in a card that is written before it is known
+UNKNOWN_REPO = "user/this-adapter"  # placeholder in a card that is written before the repository is known
 
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
-LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
+LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the call fails at once
 
 _T = TypeVar("_T")
 
 
 def fetch(repo_id: str, filename: str, options: HubOptions) -> Path:
-    """Returns the local path of a file of a Hub repository, downloaded unless the cache has it whole.
+    """Returns the local path of a file of a Hub repository, downloaded unless it is in the cache undamaged.
 
-    A file whose content is not what the Hub announced is fetched once more.
+    A file whose digest is not the one that the Hub announced is downloaded once more.
 
     Raises:
-        OSError: It cannot be had; the Hub's own error is the cause.
+        OSError: The file cannot be downloaded; the error of huggingface_hub is the cause.
         ValueError: The file's name leads out of the repository, or its content is damaged.
     """
     if options.force_download and options.local_files_only:
@@ -69,20 +68,20 @@ def fetch(repo_id: str, filename: str, options: HubOptions) -> Path:
 
 
 def may_be_fetched_again(path: Path, source: str, options: HubOptions) -> bool:
-    """Whether an unreadable file came from the Hub in a form that cannot be checked, and could be had again."""
+    """Whether an unreadable file was downloaded without a digest to check and can be downloaded again."""
     if options.force_download or options.local_files_only or constants.HF_HUB_OFFLINE or Path(source).exists():
         return False
     return _is_whole(path) is None
 
 
 def is_missing(error: OSError) -> bool:
-    """Whether `fetch` failed because the repository is there and the file is not in it."""
+    """Whether `fetch` failed because the repository exists but the file is not in it."""
     cause = error.__cause__
     return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
 
 
 def is_absent(source: str | os.PathLike[str], options: HubOptions) -> bool:
-    """Whether a folder or a repository that can be read has no such subfolder with an adapter."""
+    """Whether a readable folder or repository has no adapter in the subfolder of the options."""
     if Path(source).is_dir():
         return not (Path(source) / (options.subfolder or "")).is_dir()
     source, options = located(os.fspath(source), options)
@@ -136,11 +135,11 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
 
 
 def _tried(call: Callable[[], _T], *, already: tuple[int, ...] = ()) -> _T:
-    """Returns what a call of the Hub returns; a passing trouble is waited for, each time longer.
+    """Returns the result of a call of the Hub, which is repeated with growing pauses after temporary failures.
 
     Args:
         call: The call.
-        already: Statuses after which the client itself has asked several times.
+        already: Statuses after which huggingface_hub itself has retried.
     """
     for pause in RETRY_PAUSES:
         try:
@@ -155,7 +154,7 @@ def _tried(call: Callable[[], _T], *, already: tuple[int, ...] = ()) -> _T:
 
 
 def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | None:
-    """Returns how many seconds to wait before another try; None if one would be of no use."""
+    """Returns the seconds to wait before the next attempt; None if the failure is not temporary."""
     hidden = error.__cause__ if type(error) in (ValueError, LocalEntryNotFoundError) else None
     response = getattr(hidden or error, "response", None)
     if isinstance(error, LocalEntryNotFoundError) and (429 in already or getattr(response, "status_code", 0) != 429):
@@ -172,7 +171,7 @@ def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | N
 
 
 def _retry_after(header: str | None) -> float:
-    """Returns the seconds that a server asks for, as a number or a date; 0 if it does not."""
+    """Returns the seconds in a `Retry-After` header, a number or a date; 0 without one."""
     text = (header or "").strip()
     if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
@@ -183,9 +182,10 @@ def _retry_after(header: str | None) -> float:
 
 
 def _is_whole(path: Path) -> bool | None:
-    """Whether a file of the Hub's cache has the content under whose digest it is kept; None where that is not told.
+    """Whether a file of the Hub cache has the digest that is its name there; None if the name is not a digest.
 
-    Large files are kept under their sha256, others under git's sha1, which mirrors of the Hub may make in another way.
+    Large files are named by their sha256, others by git's sha1. A different sha1 gives None, as mirrors of the Hub may
+    compute it in another way.
     """
     announced = Path(os.path.realpath(path)).name
     if re.fullmatch(r"[0-9a-f]{64}", announced):
@@ -201,10 +201,10 @@ def _is_whole(path: Path) -> bool | None:
 
 
 def check_login(token: str | bool | None = None) -> None:
-    """Asks the Hub whether it knows the token, before hours are spent on what could not be pushed.
+    """Checks that the Hub accepts the token, before a long run whose result is to be pushed.
 
     Raises:
-        OSError: It does not, or cannot be asked; its own error is the cause.
+        OSError: The Hub does not accept the token or cannot be reached; the error of huggingface_hub is the cause.
     """
     token = checked_token(token)
     try:
@@ -229,15 +229,16 @@ def push_folder(
 ) -> str:
     """Uploads files of a folder to a Hub repository, created if there is none.
 
-    Of a model card that the repository already has only the sections that this package wrote are brought up to date;
-    see `card`. A new one names the repository. Pictures that the folder's card shows go with it. A link is never
-    followed: what it names lies elsewhere and was not meant to be shared.
+    If the repository already has a model card, only the sections that this package wrote are updated; see `card`. A
+    new card names the repository. Images that the folder's card shows are uploaded with it. Symbolic links are not
+    followed, as their targets lie outside the folder.
 
     Returns:
         The URL of the commit or of the pull request.
 
     Raises:
-        OSError: The Hub refused, or one of the files is a link; the Hub's own error is the cause.
+        TypeError: `token` or `revision` has the wrong type.
+        OSError: The Hub refused, or one of the files is a link; the error of huggingface_hub is the cause.
     """
     token = checked_token(token)
     if not isinstance(revision, str | None):
@@ -308,7 +309,7 @@ def _is_own(directory: Path, name: str) -> bool:
 
 
 def _pushed_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """Returns the card that a repository has; None for none."""
+    """Returns the model card of a repository; None if it has none."""
     if not api.file_exists(repo_id, CARD_NAME, revision=revision):
         return None
     path = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision))

@@ -1,6 +1,7 @@
-"""What went wrong on the Hub, as one sentence that says what happened and what to do."""
+"""Turns errors of the Hub client into one sentence that says what happened and what to do."""
 
 import errno
+import json
 import re
 
 from huggingface_hub import constants, get_token
@@ -23,7 +24,7 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a trouble that may 
 
 
 def download_sentence(error: Exception, repo_id: str, filename: str, options: HubOptions) -> str:
-    """Returns what happened and what to do about it."""
+    """Returns the message for an error of a download: what happened and what to do."""
     name = f"{options.subfolder}/{filename}" if options.subfolder else filename
     what = one_line(f"{name} of {repo_id}", 200)
     if isinstance(error, HFValidationError):
@@ -61,7 +62,7 @@ def download_sentence(error: Exception, repo_id: str, filename: str, options: Hu
 
 
 def _trouble(error: Exception, what: str, options: HubOptions) -> str:
-    """Returns what went wrong on the way to the Hub or back."""
+    """Returns the message for an error of the connection, of the server or of the cache's disk."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         told, advice = _ANSWERS.get(status, ("", ""))
@@ -128,7 +129,7 @@ def _disk_trouble(error: OSError, what: str, options: HubOptions) -> str:
 
 
 def _how_to_split(repo_id: str) -> str:
-    """Returns what to write for a repository with something of its inside behind it."""
+    """Returns a hint for `user/repo/folder`, which must be given as a repository id and a subfolder."""
     user, name, *rest = [*repo_id.strip("/").split("/"), ""]
     whole = "/".join(rest).rstrip("/")
     if not whole or not user or user.startswith((".", "~")):
@@ -137,6 +138,9 @@ def _how_to_split(repo_id: str) -> str:
 
 
 def push_advice(error: Exception) -> str:
+    """Returns what to do after a failed upload, as the end of a sentence."""
+    if isinstance(error, json.JSONDecodeError):  # as the answer to a request of the Hub's API
+        return "make sure that no login page, proxy or firewall answers in place of the Hub"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in PASSING or (status is None and not isinstance(error, HFValidationError | ValueError)):
         return "wait until the Hub can be reached and has no trouble"
@@ -144,7 +148,7 @@ def push_advice(error: Exception) -> str:
 
 
 def redacted(text: str, token: str | bool | None) -> str:
-    """Returns a text without Hub tokens: the one that was given, the stored one, and whatever else looks like one."""
+    """Returns a text without Hub tokens: the given one, the stored one, and any word of their form."""
     for secret in (token, get_token()):
         if isinstance(secret, str) and len(secret) > 3:
             text = text.replace(secret, "<token>")

@@ -1,4 +1,4 @@
-"""Where to look on the Hub, and how: the keywords of `load_lora_weights`, tokens and pasted addresses."""
+"""Options of a download from the Hub, access tokens, and addresses pasted from a browser."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -15,20 +15,20 @@ _FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".md"
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Where to look and how: the Hub keywords of `load_lora_weights`.
+    """Options of a download from the Hub, with the names that `load_lora_weights` uses.
 
     Attributes:
         weight_name: File to load instead of `adapter_model.safetensors`.
         subfolder: Folder inside the repository or the local folder.
         revision: Branch, tag or commit.
-        token: Access token; True or None for the stored one, False for none. White space around it is dropped.
-        local_files_only: Look in the cache alone.
-        cache_dir: Cache folder.
-        force_download: Fetch even what the cache has.
+        token: Access token; True or None for the stored one, False for none. Surrounding white space is removed.
+        local_files_only: Use the cache only.
+        cache_dir: Cache folder; None for the default one.
+        force_download: Download files that are in the cache again.
 
     Raises:
         TypeError: A value has the wrong type.
-        ValueError: The token has characters that no token has.
+        ValueError: The token holds characters that cannot be part of a token.
     """
 
     weight_name: str | None = None
@@ -50,11 +50,11 @@ class HubOptions:
 
 
 def checked_token(token: str | bool | None) -> str | bool | None:
-    """Returns a Hub token without the white space that copying leaves around it; None for an empty one.
+    """Returns a Hub token without surrounding white space; None for an empty one.
 
     Raises:
-        TypeError: It is neither a text, a truth value, nor None.
-        ValueError: It has characters that no token has. It is not shown.
+        TypeError: It is not a string, a bool or None.
+        ValueError: It holds characters that cannot be part of a token. The message does not show the token.
     """
     if not isinstance(token, str | bool | None):
         raise TypeError(f"token must be a string, True, False or None, but is a {type(token).__name__}")
@@ -70,14 +70,14 @@ def checked_token(token: str | bool | None) -> str | bool | None:
 
 
 def located(source: str, options: HubOptions) -> tuple[str, HubOptions]:
-    """Returns a source as a path or repository id, with what a pasted address of the Hub says put into the options.
+    """Returns a source as a path or repository id; the revision, folder and file of a Hub address become options.
 
     Args:
         source: A path, a repository id, or an address such as `https://huggingface.co/user/name/tree/main/folder`.
-        options: What was asked for beside it; a `subfolder` is looked for inside the address's folder.
+        options: The options given with it; a `subfolder` is relative to the folder of the address.
 
     Raises:
-        ValueError: The address is no model's on the Hub, or says something else than the options.
+        ValueError: The address is not that of a model on the Hub, or contradicts the options.
     """
     url = urlsplit(source) if "://" in source[:8] else None
     if url is None:

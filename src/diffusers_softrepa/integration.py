@@ -22,13 +22,13 @@ from .compat import ModularPipeline
 from .denoisers import unwrapped
 from .files import parse_json
 from .quoting import one_line, quoted
-from .weights import plain
+from .weights import LARGEST_WEIGHT, plain
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = "softrepa"
 _INDEX_KEY = "_softrepa"
-_MAX_INDEX_BYTES, _MOST_ADAPTERS, _LARGEST_WEIGHT = 1 << 22, 256, 1e6
+_MAX_INDEX_BYTES, _MOST_ADAPTERS = 1 << 22, 256
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -187,14 +187,14 @@ def _checked_state(state: Any) -> dict[str, Any]:
         parts = list(weight.values()) if isinstance(weight, dict) else weight if isinstance(weight, list) else [weight]
         if weight is not None and not all(map(_is_weight, parts)):
             raise ValueError(
-                f"the weight of {quoted(name)} must be null or a number of at most {_LARGEST_WEIGHT:g}, or one for "
+                f"the weight of {quoted(name)} must be null or a number of at most {LARGEST_WEIGHT:g}, or one for "
                 f"each layer or stage, but is {quoted(weight)}"
             )
     return state
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_WEIGHT
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_WEIGHT
 
 
 def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
