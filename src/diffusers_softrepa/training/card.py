@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
+from ..compat import check_write_access
 from ..config import SoftREPAConfig
 from ..files import write_whole
 from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
@@ -174,7 +175,7 @@ def claim_repository(args: ContrastiveFlowMatchingArguments) -> str:
 def _check_writable(api: HfApi, repo_id: str) -> None:
     """Asks whether one may write to a repository; a Hub that does not answer that leaves it to the push."""
     try:
-        api.auth_check(repo_id, write=True)
+        check_write_access(api, repo_id)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise
