@@ -4,12 +4,15 @@ Everything else in the package is written for the newest releases. A seam goes w
 passes the release named beside it.
 """
 
+import inspect
 from typing import Any
 
 import diffusers
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -60,6 +63,23 @@ def pooled(output: Any) -> Tensor:
         output: What the method returned: the features, or since transformers 5 an output that holds them.
     """
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def check_write_access(api: HfApi, repo_id: str) -> None:
+    """Asks the Hub whether one may write to a model repository, as `HfApi.auth_check` of huggingface_hub 1 does.
+
+    Args:
+        api: The client, with its token.
+        repo_id: The repository.
+
+    Raises:
+        HfHubHTTPError: One may not, or the Hub does not answer that.
+    """
+    if "write" in inspect.signature(api.auth_check).parameters:
+        api.auth_check(repo_id, write=True)
+        return
+    address = f"{api.endpoint}/api/models/{repo_id}/auth-check/write"
+    hf_raise_for_status(get_session().get(address, headers=build_hf_headers(token=api.token)))
 
 
 def transport_fault(error: BaseException) -> str | None:
@@ -116,6 +136,7 @@ __all__ = [
     "TRANSFORMERS",
     "ClipProcessor",
     "ModularPipeline",
+    "check_write_access",
     "get_module_execution_device",
     "model_precision",
     "pil_processor",

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ..card import hub_id, model_card, section
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_card
+from ..compat import check_write_access
 from ..config import SoftREPAConfig
 from ..files import write_whole
 from ..hub import CARD_NAME, UNKNOWN_REPO, check_login, push_folder
@@ -206,7 +207,7 @@ def claim_repository(args: ContrastiveFlowMatchingArguments) -> str:
         validate_repo_id(name)
         repo_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
         try:
-            api.auth_check(repo_id, write=True)
+            check_write_access(api, repo_id)
         except HfHubHTTPError as error:  # a Hub that does not answer this question leaves it to the push
             if error.response is not None and error.response.status_code in (401, 403):
                 raise
