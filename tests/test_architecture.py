@@ -29,7 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"checkpoint", "config", "families", "files", "hub", "quoting"},
     "denoisers": {"families"},
     "pipeline": {"adapter", "card", "checkpoint", "config", "denoisers", "hub", "hub_ids", "weights"},
-    "integration": {"adapter", "compat", "denoisers", "files", "pipeline", "quoting"},
+    "integration": {"adapter", "compat", "denoisers", "files", "methods", "pipeline", "quoting"},
+    "methods": {"pipeline"},
     "noising": set(),
     "pairs": set(),
     "objectives": {"pairs"},
@@ -54,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": set(),
     "weights": {"config"},
     # Editing, evaluation and training only when they are asked for.
-    "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},
+    "__init__": {"config", "editing", "evaluation", "families", "integration", "methods", "pipeline", "training"},
 }
 
 

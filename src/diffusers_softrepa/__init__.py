@@ -10,6 +10,7 @@ from typing import Any
 from . import integration
 from .config import SoftREPAConfig
 from .families import FamilySpec, family_of, register_family, supported_denoisers
+from .methods import SoftREPAMethods
 from .pipeline import (
     add_softrepa,
     delete_softrepa,
@@ -31,6 +32,7 @@ __all__ = [
     "ContrastiveFlowMatchingTrainer",
     "FamilySpec",
     "SoftREPAConfig",
+    "SoftREPAMethods",
     "add_softrepa",
     "delete_softrepa",
     "disable_softrepa",

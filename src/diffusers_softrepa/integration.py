@@ -21,6 +21,7 @@ from .adapter import adapters_of
 from .compat import ModularPipeline
 from .denoisers import unwrapped
 from .files import parse_json
+from .methods import SoftREPAMethods
 from .quoting import one_line, quoted
 
 logger = logging.getLogger(__name__)
@@ -30,29 +31,16 @@ _INDEX_KEY = "_softrepa"
 _MAX_INDEX_BYTES, _MOST_ADAPTERS, _LARGEST_WEIGHT = 1 << 22, 256, 1e6
 
 
-_METHODS: dict[str, Callable[..., Any]] = {
-    "load_softrepa": pipeline.load_softrepa,
-    "add_softrepa": pipeline.add_softrepa,
-    "save_softrepa": pipeline.save_softrepa,
-    "set_softrepa": pipeline.set_softrepa,
-    "enable_softrepa": pipeline.enable_softrepa,
-    "disable_softrepa": pipeline.disable_softrepa,
-    "delete_softrepa": pipeline.delete_softrepa,
-    "unload_softrepa": pipeline.unload_softrepa,
-    "get_softrepa_adapters": pipeline.get_softrepa_adapters,
-    "softrepa_disabled": pipeline.softrepa_disabled,
-    "softrepa_parameters": pipeline.softrepa_parameters,
-}
-
-
 def install() -> None:
     """Gives diffusers the methods; a second call changes nothing."""
     if "load_softrepa" in vars(DiffusionPipeline):
         return
     pipelines: Any = DiffusionPipeline
     for cls in filter(None, (pipelines, ModularPipeline, ModelMixin)):
-        for name, method in _METHODS.items():
-            setattr(cls, name, method)
+        SoftREPAMethods.register(cls)
+        for name, method in vars(SoftREPAMethods).items():
+            if not name.startswith("_"):
+                setattr(cls, name, method)
     pipelines.save_pretrained = _saving_adapters(pipelines.save_pretrained)
     if ModularPipeline is not None:
         ModularPipeline.save_pretrained = _warning_of_adapters(ModularPipeline.save_pretrained)
