@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .card import pictures_of, refreshed, words_by_hand
+from .card import images_of, refreshed, words_by_hand
 from .quoting import one_line, quoted
 
 logger = logging.getLogger(__name__)
@@ -477,7 +477,7 @@ def push_folder(
         if CARD_NAME in filenames:
             card = (directory / CARD_NAME).read_bytes().decode(errors="surrogateescape")
             card = card.replace(UNKNOWN_REPO, repo_id)
-            shown = [name for name in pictures_of(card) if name not in filenames and _is_own(directory, name)]
+            shown = [name for name in images_of(card) if name not in filenames and _is_own(directory, name)]
             operations += [CommitOperationAdd(name, directory / name) for name in shown]
             existing = _pushed_card(api, repo_id, revision)
             if existing is not None and words_by_hand(card) not in ("", words_by_hand(existing)):
