@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig
-from diffusers_softrepa.card import model_card, images_of, refreshed, section
+from diffusers_softrepa.card import images_of, model_card, refreshed, section
 
 
 def config_of(family: tiny.Family, **fields: Any) -> SoftREPAConfig:
@@ -54,7 +54,7 @@ def test_nothing_unknown_is_written_as_none(family: tiny.Family, bins: int | Non
     text = str(model_card(config, "user/tokens"))
     assert "None" not in text
     assert "null" not in text
-    assert f"{config.num_parameters:,} numbers" in text
+    assert f"{config.num_parameters:,} parameters" in text
     assert ("timestep bins | 7" in text) == (bins == 7)
 
 

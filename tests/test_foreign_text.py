@@ -17,9 +17,9 @@ import tiny
 from diffusers_softrepa import SoftREPAConfig, load_softrepa
 from diffusers_softrepa.adapter import adapters_of
 from diffusers_softrepa.card import (
+    images_of,
     metadata_of,
     model_card,
-    images_of,
     refreshed,
     section,
     words_by_hand,

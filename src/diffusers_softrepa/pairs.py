@@ -1,6 +1,6 @@
 """Image-caption pairs: their errors, which of them take part, sampled negatives, and retrieval diagnostics.
 
-`errors[i, j]` is the mean squared denoising error of image i under caption j, (b, c) with c >= b. The columns after the
+`errors[i, j]` is the mean squared denoising error of image i under caption j, (b, c) with c >= b. Columns after the
 first b are written hard negatives, or captions gathered from other processes. `positive[i]` is the column of the
 caption matched to image i. `candidates[i, j]` is True if the pair takes part: the matched pair and the true negatives.
 Errors of other pairs are never read, so they need not be computed and may be NaN. All values are computed in float32,
