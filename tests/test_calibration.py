@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusers_softrepa.objectives import Contrastive, SoftRank, contrastive_loss
+from diffusers_softrepa.objectives import Contrastive, SoftRank
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
 from diffusers_softrepa.training import trainer as trainer_room
 from diffusers_softrepa.training.calibration import Measured, check_negatives, is_saturated, unsaturated
@@ -98,7 +98,7 @@ def test_a_chosen_objective_has_a_gradient_where_the_published_one_has_none():
     def slope(objective: Contrastive) -> float:
         leaf = errors.clone().requires_grad_()
         settings = vars(objective) | {"denoising_weight": 0.0}
-        contrastive_loss(leaf, positive, candidates, **settings).backward()
+        Contrastive(**settings).loss(leaf, positive, candidates).backward()
         return leaf.grad.abs().max().item()  # type: ignore[union-attr]
 
     assert slope(Contrastive()) < 1e-6

@@ -18,7 +18,7 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from .card import pictures_of, refreshed, words_by_hand
+from .card import images_of, refreshed, words_by_hand
 from .compat import HUB_ASKS_AGAIN, transport_fault
 from .hub_errors import PASSING, download_sentence, push_advice, redacted
 from .hub_options import HubOptions as HubOptions
@@ -258,7 +258,7 @@ def push_folder(
         if CARD_NAME in filenames:
             card = (directory / CARD_NAME).read_bytes().decode(errors="surrogateescape")
             card = card.replace(UNKNOWN_REPO, repo_id)
-            shown = [name for name in pictures_of(card) if name not in filenames and _is_own(directory, name)]
+            shown = [name for name in images_of(card) if name not in filenames and _is_own(directory, name)]
             operations += [CommitOperationAdd(name, directory / name) for name in shown]
             existing = _pushed_card(api, repo_id, revision)
             if existing is not None and words_by_hand(card) not in ("", words_by_hand(existing)):
