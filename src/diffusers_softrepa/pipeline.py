@@ -260,7 +260,7 @@ def set_softrepa(
         adapter_weights: One weight for all adapters, or a list with one weight per adapter. Defaults to 1. With a
             single name a list has one weight per layer.
         guidance_branch: `"both"` adds the tokens to every denoiser call, as published. With `"positive"`, under
-            classifier-free guidance, only the rows of the positive prompt get them, and the prediction for the negative
+            classifier-free guidance, only the rows of the positive prompt get them, and the prediction of the negative
             prompt is that of the base model; a call in which the rows cannot be told apart raises a ValueError.
             Defaults to `"both"`.
 
