@@ -26,11 +26,12 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
+    T5TokenizerFast,
 )
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
 from diffusers_softrepa import convert
+from shapes_world import tokenizer_files
 
 CAPTIONS = (
     "two giraffes standing next to a wooden fence in the grass",
@@ -43,7 +44,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one run of the pipeline gave.
+    """The result of one call of the pipeline.
 
     Attributes:
         image: The decoded image.
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def convert_published(published: str | None, output: Path) -> Path:
-    """Converts the authors' files, or a stand-in where there are none; returns the adapter's folder."""
+    """Converts the authors' files, or random ones if there are none, and returns the folder of the adapter."""
     source = Path(published) if published else write_stand_in(output / "stand-in")
     kind = "the published SD3 adapter" if published else "NOT the published adapter but random numbers in its shapes"
     print(f"   {source}: {kind}. Converted without running any pickle code:")
@@ -127,7 +128,7 @@ def write_stand_in(folder: Path) -> Path:
 
 
 def make_pipeline(num_blocks: int) -> StableDiffusion3Pipeline:
-    """Returns a pipeline in which every width that SD3's blocks, text and latents have is the real one."""
+    """Returns a pipeline with random weights whose blocks, text and latents have the widths of SD3."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=128,
@@ -173,7 +174,7 @@ def switch_off_and_on(
     draw: Callable[[str], Drawing],
     expected: Mapping[str, tuple[Drawing, Drawing]],
 ) -> None:
-    """Draws every image with the adapter off and on, in turns so that the times compare, against (base, adapted)."""
+    """Draws every image with the adapter off and on alternately, so that their times can be compared."""
     drawings = []
     for caption in expected:
         pipe.disable_softrepa()
@@ -190,7 +191,7 @@ def switch_off_and_on(
 
 
 def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
-    """Draws the same image at each weight and prints how far it went from the base."""
+    """Draws the same image at each weight and prints its distance from that of the base model."""
     drawings = []
     for weight in WEIGHTS:
         pipe.set_softrepa("softrepa", weight)
@@ -202,7 +203,7 @@ def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
 
 
 def save_grid(path: Path, captions: Sequence[str], base: Sequence[Drawing], adapted: Sequence[Drawing]) -> None:
-    """Writes one image: a row for each caption, with base, adapter and where they differ side by side."""
+    """Writes a grid with a row for each caption: base model, adapter, and the difference between them."""
     size, gap, line = 256, 8, 20
     columns = ("base", "with the adapter", "where the latents differ (scaled)")
     canvas = Image.new("RGB", (3 * (size + gap) + gap, line + len(captions) * (size + line + gap)), "white")
@@ -278,13 +279,13 @@ def _median_step(drawings: Sequence[Drawing]) -> float:
 
 
 def _difference(one: Tensor, other: Tensor) -> Image.Image:
-    """Returns how much each place of the latents changed, white for the most."""
+    """Returns the change of the latents as an image, in which white is the largest change."""
     change = (one - other)[0].norm(dim=0)  # (height, width)
     return ImageOps.autocontrast(Image.fromarray((255 * change / change.max()).to(torch.uint8).numpy()))
 
 
 def _claim(sentence: str, holds: bool) -> None:
-    """Prints what must be true, and stops the demo when it is not."""
+    """Prints a claim, and stops the demo if it does not hold."""
     if not holds:
         raise SystemExit(f"   NOT SO: {sentence}")
     print(f"   Checked: {sentence}.")
@@ -292,7 +293,7 @@ def _claim(sentence: str, holds: bool) -> None:
 
 def _clip_tokenizer() -> CLIPTokenizer:
     words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
+    return tokenizer_files.clip_tokenizer({word: index for index, word in enumerate(words)}, [], 77)
 
 
 def _clip_encoder(width: int) -> CLIPTextModelWithProjection:
@@ -311,9 +312,9 @@ def _clip_encoder(width: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config).eval()
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return tokenizer_files.t5_tokenizer(pieces, 512)
 
 
 def _t5_encoder(width: int) -> T5EncoderModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers_softrepa.commands import edit, evaluate, generate, info, push, train
 from diffusers_softrepa.commands.settings import parser_of
 from diffusers_softrepa.quoting import markdown_table
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments
 
 PAGE = Path(__file__).parents[1] / "docs" / "command.md"
 FROM_SETTINGS = {"generate": generate, "edit": edit, "evaluate": evaluate, "train": train}
@@ -26,18 +27,19 @@ def named(page: str) -> list[str]:
 
 
 def table(name: str) -> str:
-    return markdown_table(["option", "default", "meaning"], list(rows(parser(name))))
+    return markdown_table(["option", "meaning"], list(rows(parser(name))))
 
 
 def parser(name: str) -> argparse.ArgumentParser:
     if name in OTHERS:
         return OTHERS[name].parser()
     module = FROM_SETTINGS[name]
-    return parser_of(name, module.MEANING, module.OPTIONS)
+    classes = [one for one in module.OPTIONS if one is not ContrastiveFlowMatchingArguments]  # in docs/training.md
+    return parser_of(name, module.MEANING, classes)
 
 
-def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
-    """Yields name, default and meaning of each option, without `--help`."""
+def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Yields each option but `--help`, and its meaning, choices and default; two columns fit on a phone."""
     for action in parser._actions:
         if (
             action.dest == "help"
@@ -46,16 +48,18 @@ def rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str]]:
         ):
             continue
         name = action.option_strings[0] if action.option_strings else action.dest
-        choices = f": {', '.join(map(str, action.choices))}" if action.choices else ""
-        required = action.required or not action.option_strings
-        yield f"`{name}`{choices}", "**required**" if required else shown(action.default), cell(action.help or "")
+        parts = [action.help or ""]
+        if action.choices:
+            parts.append(f"One of {', '.join(map(str, action.choices))}")
+        if action.required or not action.option_strings:
+            parts.append("**Required**")
+        elif action.default not in (None, argparse.SUPPRESS) and action.default != []:
+            parts.append(f"Default: `{shown(action.default)}`")
+        yield f"`{name}`", " ".join(f"{cell(part)}." for part in parts)
 
 
 def shown(default: object) -> str:
-    if default in (None, argparse.SUPPRESS) or default == []:
-        return ""
-    text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    return f"`{text}`"
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 
 def cell(text: str) -> str:

@@ -27,17 +27,18 @@ ARROWS: dict[str, set[str]] = {
     "adapter": {"branches", "config", "families", "injection", "tokens", "weights"},
     "card": {"config", "hub_ids", "quoting"},
     "hub_options": {"quoting"},
-    "hub_errors": {"hub_options", "quoting"},
-    "hub": {"card", "files", "hub_errors", "hub_options", "quoting"},
+    "hub_errors": {"compat", "hub_options", "quoting"},
+    "hub": {"card", "compat", "files", "hub_errors", "hub_options", "quoting"},
     "checkpoint": {"card", "config", "files", "hub", "other_adapters", "quoting"},
     "convert": {"checkpoint", "config", "families", "files", "hub", "quoting"},
-    "denoisers": {"families"},
+    "denoisers": {"families", "wrapping"},
     "pipeline": {"adapter", "branches", "card", "checkpoint", "config", "denoisers", "hub", "hub_ids", "weights"},
-    "integration": {"adapter", "compat", "denoisers", "files", "pipeline", "quoting", "weights"},
+    "integration": {"adapter", "compat", "files", "methods", "pipeline", "quoting", "weights", "wrapping"},
+    "methods": {"pipeline"},
     "noising": set(),
     "pairs": set(),
     "objectives": {"pairs"},
-    "conditioning": {"compat", "families", "noising", "pipeline"},
+    "conditioning": {"compat", "denoisers", "families", "noising"},
     "editing": {"conditioning", "noising", "pipeline"},
     "evaluation": {
         "card",
@@ -69,7 +70,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": set(),
     "weights": {"config", "quoting"},
     # Editing, evaluation and training only when they are asked for.
-    "__init__": {"config", "editing", "evaluation", "families", "integration", "pipeline", "training"},
+    "__init__": {"config", "editing", "evaluation", "families", "integration", "methods", "pipeline", "training"},
 }
 
 

@@ -86,8 +86,8 @@ def test_base_and_adapter_are_laid_side_by_side(
     assert [path.as_posix() for path in written] == ["edits/today/cat.png", "edits/today/dog.png"]
     with Image.open(written[0]) as opened:
         image = np.array(opened)
-    assert image.shape[1:] == (3 * 24, 3) and (image[0] == 255).all()
-    image, base, adapter = np.split(image[-16:], 3, axis=1)
+    assert image.shape[1:] == (3 * 24 + 2 * 4, 3) and (image[0] == 255).all()
+    image, base, adapter = (image[-16:, left : left + 24] for left in (0, 28, 56))
     assert (base != adapter).any() and (image != base).any()
     expected = np.array(Image.open("dog.png"))
     with Image.open(written[1]) as opened:
@@ -96,7 +96,7 @@ def test_base_and_adapter_are_laid_side_by_side(
     assert again.as_posix() == "edits/today/cat-1.png"
     with Image.open(again) as opened:
         alone = np.array(opened)[-16:]
-    assert alone.shape == (16, 2 * 24, 3) and (alone[:, 24:] == base).all()
+    assert alone.shape == (16, 2 * 24 + 4, 3) and (alone[:, 28:] == base).all()
 
 
 def test_prompts_and_images_that_do_not_go_together_are_refused(

@@ -45,7 +45,7 @@ assert pipe.get_softrepa_adapters() == {"softrepa": 1.0}
 """,
     "03_train_on_your_own_folder": """
 assert result.finished and result.step == args.max_steps == log[-1]["step"]
-assert any("held_out/top1" in entry for entry in log)
+assert any("eval/top1" in entry for entry in log)
 assert points > error > 0
 assert same
 """,

@@ -122,7 +122,7 @@ def test_threads_that_ask_at_once_get_what_they_get_alone(space: ModuleType, stu
         ({"prompt": "  "}, "The prompt is empty; write what should be drawn."),
         ({"prompt": None}, "The prompt is empty; write what should be drawn."),
         ({"pipeline": ""}, "The pipeline is empty; give a folder or a Hub id."),
-        ({"prompt": "a" * 301}, "The prompt has 301 characters, but at most 300 are read here."),
+        ({"prompt": "a" * 301}, "The prompt has 301 characters, but at most 300 are allowed."),
         ({"seed": None}, "The seed must be a whole number from 0 to 4294967295, but is missing."),
         ({"seed": -1}, "The seed must be a whole number from 0 to 4294967295, but is -1."),
         ({"steps": 0}, "The number of steps must be a whole number from 1 to 100, but is 0."),
@@ -142,7 +142,11 @@ def test_a_wrong_wish_is_answered_with_a_sentence(space: ModuleType, settings: d
         (2, 3, "The number of images must be one of 1, 4, 9, but is 2."),
         (None, 3, "The number of images must be one of 1, 4, 9, but is missing."),
         (10**9, 3, "The number of images must be one of 1, 4, 9, but is 1000000000."),
-        (9, 50, "9 images of 50 steps take 450 steps, but at most 400 are drawn at once; choose fewer of either."),
+        (
+            9,
+            50,
+            "9 images of 50 steps take 450 steps, but at most 400 are allowed at once; choose fewer images or steps.",
+        ),
     ],
 )
 def test_too_many_images_are_answered_with_a_sentence(space: ModuleType, count: Any, steps: int, sentence: str):
@@ -521,7 +525,10 @@ def test_a_visitor_draws_moves_the_weight_and_makes_a_mistake(browser: Any, addr
 
     page.write("#prompt textarea, #prompt input", "a dog")
     page.click("#draw")
-    until(lambda: page.verdict("adapter").startswith("The oracle cannot read"), "the oracle says that it cannot read")
+    until(
+        lambda: page.verdict("adapter").startswith("This prompt cannot be checked"),
+        "the page says that it cannot check",
+    )
     base = page.source("base")
 
     page.write("#prompt textarea, #prompt input", "")
@@ -547,7 +554,7 @@ def test_who_comes_to_a_full_queue_reads_it_in_a_sentence(address: str):
         answers.append(post(f"{address}/gradio_api/queue/join", body))
     refused = [answer for status, answer in answers if status != 200]
     assert {status for status, _ in answers} == {200, 429}
-    sentence = "16 orders are waiting already, and no more can; please try again in a minute."
+    sentence = "The queue is full: 16 requests are waiting. Please try again in a minute."
     assert refused == [{"detail": sentence}] * len(refused)
     assert answers[15][0] == 200
 

@@ -181,7 +181,7 @@ def train_pipeline(args: argparse.Namespace) -> None:
     if RANK == 0:
         parts.load_state_dict(average.state_dict())
         pipe.to(torch.float16)
-        pipe.save_pretrained(args.out / "sd3")
+        models.save_pipeline(pipe, args.out / "sd3")
 
 
 def flow_loss(

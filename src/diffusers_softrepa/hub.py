@@ -18,8 +18,9 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from .card import pictures_of, refreshed, words_by_hand
-from .hub_errors import BROKEN_OFF, PASSING, download_sentence, is_of_class, push_advice, redacted
+from .card import images_of, refreshed, words_by_hand
+from .compat import HUB_ASKS_AGAIN, transport_fault
+from .hub_errors import PASSING, download_sentence, push_advice, redacted
 from .hub_options import HubOptions as HubOptions
 from .hub_options import checked_token as checked_token
 from .hub_options import located as located
@@ -33,7 +34,6 @@ UNKNOWN_REPO = "user/this-adapter"  # placeholder in a card that is written befo
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the call fails at once
 
-_TRIED_BY_CLIENT = (408, 429)  # statuses of a download that huggingface_hub retries itself
 _T = TypeVar("_T")
 
 
@@ -122,11 +122,11 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
         )
 
     try:
-        return Path(_tried(download, already=_TRIED_BY_CLIENT))
+        return Path(_tried(download, already=HUB_ASKS_AGAIN))
     except Exception as error:  # the client, its transport and the cache's disk raise many kinds
         # With force_download the client hides what went wrong behind a ValueError that names nothing.
         cause = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
-        if is_of_class(cause, *BROKEN_OFF) and not options.force_download:
+        if transport_fault(cause) in ("no connection", "broken off") and not options.force_download:
             try:  # the client itself looks into its cache for some of these only
                 return Path(download(cached=True))
             except (OSError, ValueError):
@@ -155,16 +155,17 @@ def _tried(call: Callable[[], _T], *, already: tuple[int, ...] = ()) -> _T:
 
 def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | None:
     """Returns the seconds to wait before the next attempt; None if the failure is not temporary."""
-    if isinstance(error, LocalEntryNotFoundError):  # the client has tried again already
-        return None
-    hidden = error.__cause__ if type(error) is ValueError else None
+    hidden = error.__cause__ if type(error) in (ValueError, LocalEntryNotFoundError) else None
     response = getattr(hidden or error, "response", None)
+    if isinstance(error, LocalEntryNotFoundError) and (429 in already or getattr(response, "status_code", 0) != 429):
+        return None  # the client has tried again already
     if response is not None and hidden is None and response.status_code in already:
         return None
     if response is not None and response.status_code in PASSING:
         wanted = _retry_after(response.headers.get("Retry-After"))
         return max(pause, wanted) if wanted <= LONGEST_PAUSE else None
-    if is_of_class(hidden or error, *BROKEN_OFF) and (hidden is not None or not is_of_class(error, "ConnectError")):
+    fault = transport_fault(hidden or error)
+    if fault == "broken off" or (fault == "no connection" and hidden is not None):
         return pause
     return pause if str(error).startswith("Consistency check failed") else None
 
@@ -257,7 +258,7 @@ def push_folder(
         if CARD_NAME in filenames:
             card = (directory / CARD_NAME).read_bytes().decode(errors="surrogateescape")
             card = card.replace(UNKNOWN_REPO, repo_id)
-            shown = [name for name in pictures_of(card) if name not in filenames and _is_own(directory, name)]
+            shown = [name for name in images_of(card) if name not in filenames and _is_own(directory, name)]
             operations += [CommitOperationAdd(name, directory / name) for name in shown]
             existing = _pushed_card(api, repo_id, revision)
             if existing is not None and words_by_hand(card) not in ("", words_by_hand(existing)):

@@ -16,11 +16,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .compat import transport_fault
 from .hub_options import HubOptions
 from .quoting import one_line, quoted
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a trouble that may be over in a moment
-BROKEN_OFF = ("NetworkError", "RemoteProtocolError")  # classes of the client's transport
 
 
 def download_sentence(error: Exception, repo_id: str, filename: str, options: HubOptions) -> str:
@@ -78,18 +78,19 @@ def _trouble(error: Exception, what: str, options: HubOptions) -> str:
             f"the answer for {what} is not the Hub's: a login page, proxy or firewall stands between, or HF_ENDPOINT "
             "names another server"
         )
-    if is_of_class(error, "ProxyError"):
+    fault = transport_fault(error)
+    if fault == "proxy":
         return f"the proxy did not let {what} through; check HTTPS_PROXY and NO_PROXY"
-    if is_of_class(error, "TimeoutException"):
+    if fault == "timeout":
         return (
             f"the Hub did not answer in time when asked for {what}; try again later, or raise HF_HUB_DOWNLOAD_TIMEOUT"
         )
-    if is_of_class(error, "ConnectError"):
+    if fault == "no connection":
         return (
             f"{what} is not in the cache and the Hub is out of reach (no connection to {constants.ENDPOINT}); "
             "download it once while online"
         )
-    if is_of_class(error, *BROKEN_OFF):
+    if fault == "broken off":
         return f"the connection broke off while {what} was asked for; try again"
     if str(error).startswith("Consistency check failed"):
         return f"{what} did not arrive whole; try again"
@@ -152,8 +153,3 @@ def redacted(text: str, token: str | bool | None) -> str:
         if isinstance(secret, str) and len(secret) > 3:
             text = text.replace(secret, "<token>")
     return re.sub(r"\b(hf|api_org)_[A-Za-z0-9]{8,}", "<token>", text)
-
-
-def is_of_class(error: BaseException, *names: str) -> bool:
-    """Whether an error is of one of these classes, by name: they belong to the HTTP library of the Hub client."""
-    return any(cls.__name__ in names for cls in type(error).__mro__)

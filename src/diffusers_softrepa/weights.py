@@ -92,7 +92,8 @@ def fitted(weight: Any, name: str, config: SoftREPAConfig) -> Weight:
         if config.stages is not None or len(listed) != len(parts):
             raise ValueError(
                 f"{name!r} has {'stages' if config.stages else 'layers'} {parts}, so its weight is one number, "
-                f"{'{stage: number}' if config.stages else f'or a list of {len(parts)}'}, but it is {quoted(weight)}"
+                f"{'{stage: number}' if config.stages else f'or a list of {len(parts)}'}, but it is "
+                f"{quoted(weight, 100)}"
             )
         return tuple(as_number(value) for value in listed)
     unknown = [part for part in weight if part not in parts or isinstance(part, bool)]

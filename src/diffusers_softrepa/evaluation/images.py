@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .result import EvaluationResult
 
 _MAX_SIDE = 256
-_MIN_FONT_SIZE = 11
-_MARGIN = 3
+_MIN_FONT_SIZE = 13
+_MARGIN = 4
+_GAP = 4  # between columns
 _MAX_CAPTION = 300  # characters
 
 
@@ -42,46 +43,21 @@ def grid(
         width = max_side if width >= max_side else width * (max_side // width)
     shown = [[_resized(image, width) for image in row] for row in rows]
     columns = len(rows[0])
-    above = [_label(caption, width, width * columns) for caption in captions]
+    across = columns * (width + _GAP) - _GAP
+    above = [_label(caption, width, across) for caption in captions]
     titles = [_label(head, width, width) for head in heads]
     top = max((title.height for title in titles), default=0)
     heights = [max(image.height for image in row) for row in shown]
-    sheet = Image.new("RGB", (width * columns, top + sum(label.height for label in above) + sum(heights)), "white")
+    sheet = Image.new("RGB", (across, top + sum(label.height for label in above) + sum(heights)), "white")
     for column, title in enumerate(titles):
-        sheet.paste(title, (column * width, 0))
+        sheet.paste(title, (column * (width + _GAP), 0))
     for row, label, height in zip(shown, above, heights, strict=True):
         sheet.paste(label, (0, top))
         top += label.height
         for column, image in enumerate(row):
-            sheet.paste(image, (column * width, top))
+            sheet.paste(image, (column * (width + _GAP), top))
         top += height
     return sheet
-
-
-def images_of_grid(sheet: Image.Image, captions: Sequence[str], columns: int) -> list[list[Image.Image]]:
-    """Returns the images of a grid without heads whose images all have one size: the inverse of `grid`.
-
-    Args:
-        sheet: The grid.
-        captions: The captions that it was made with.
-        columns: Number of images in each row.
-
-    Returns:
-        A list of images for each row; an empty list if the image cannot be such a grid.
-    """
-    width = sheet.width // columns
-    heights = [_label(caption, width, width * columns).height for caption in captions]
-    height, rest = divmod(sheet.height - sum(heights), max(len(captions), 1))
-    if height <= 0 or rest:
-        return []
-    found, top = [], 0
-    for label in heights:
-        top += label
-        found.append(
-            [sheet.crop((column * width, top, (column + 1) * width, top + height)) for column in range(columns)]
-        )
-        top += height
-    return found
 
 
 def _label(text: str, image_width: int, width: int) -> Image.Image:
