@@ -39,7 +39,9 @@ def test_a_block_mask_is_refused():
     expected = specimen.call(denoiser, inputs)
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(QwenImage21FlexAttnProcessor())
-    with pytest.raises(ValueError, match=r"a BlockMask, which cannot; set_attn_processor\(QwenImage21AttnProcessor"):
+    with pytest.raises(
+        ValueError, match=r"a BlockMask, which cannot; call set_attn_processor\(QwenImage21AttnProcessor"
+    ):
         specimen.call(denoiser, inputs)
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(QwenImage21AttnProcessor())
