@@ -188,7 +188,7 @@ def test_a_damaged_file_is_named(stand_in: Path, content: bytes | None):
     path = stand_in / "dc_tokens.pth"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(ValueError, match=r"dc_tokens.pth is no complete file"):
+    with pytest.raises(ValueError, match=r"dc_tokens.pth is not a complete file"):
         read_reference(stand_in)
 
 

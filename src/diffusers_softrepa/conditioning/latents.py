@@ -57,7 +57,7 @@ def denormalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _float32_where_needed(vae: Any) -> Iterator[None]:
-    """Context manager that runs a float16 VAE in float32 if its config says so, because it overflows, as SDXL's does."""
+    """Context manager that runs a float16 VAE in float32 if it overflows in float16, as SDXL's does."""
     needed = vae.dtype == torch.float16 and vae.config.get("force_upcast")
     if needed:
         vae.to(torch.float32)
