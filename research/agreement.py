@@ -1,16 +1,16 @@
-"""What a CLIP score sees: it and the oracle judge the same pictures of the shapes world.
+"""What a CLIP score sees: it and the oracle judge the same images of the shapes world.
 
-    python research/agreement.py clean --out outputs/agreement      # clean pictures; draws nothing
+    python research/agreement.py clean --out outputs/agreement      # clean images; draws nothing
     python research/agreement.py --out outputs/agreement            # and prompts and edits, with adapters
 
-    clean     for clean pictures, how often the true caption scores higher than one that is false in one thing, by what
-              is false (0.5: blind); `another picture` is a caption of one, what CLIP models learn to tell apart
-    pictures  prompts drawn by the base and every adapter: how well the score tells right pictures from wrong ones
+    clean     for clean images, how often the true caption scores higher than one that is false in one thing, by what
+              is false (0.5: blind); `another image` is a caption of one, what CLIP models learn to tell apart
+    images  prompts drawn by the base and every adapter: how well the score tells right images from wrong ones
               (area under the ROC curve, 0.5: blind), and whether it ranks settings as the oracle does
-    edits     the same of edited pictures, under the caption of what they shall show
+    edits     the same of edited images, under the caption of what they shall show
 
-The folder gets `agreement.md`, `agreement.json` and `agreement.png`, and the evaluation's own tables and pictures.
-Pictures of prompts are kept, so the command can be interrupted, and seeds and adapters be added.
+The folder gets `agreement.md`, `agreement.json` and `agreement.png`, and the evaluation's own tables and images.
+Images of prompts are kept, so the command can be interrupted, and seeds and adapters be added.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from shapes_world.world import SKILLS, Ask, Thing, prompts, random_ask, random_b
 
 CLIP = Path(__file__).parent / "clip"
 ADAPTERS = (FOLDER / "adapter",)
-PARTS = ("clean", "pictures", "edits")
-# Of false captions: a caption of another picture; another colour or shape; another number; attributes or numbers of
+PARTS = ("clean", "images", "edits")
+# Of false captions: a caption of another image; another colour or shape; another number; attributes or numbers of
 # two things exchanged; another relation; and things exchanged so that nothing but their relation is false.
-KINDS = ("another picture", "attribute", "number", "swap", "relation", "order")
-_CHUNK = 256  # pictures or captions at once
+KINDS = ("another image", "attribute", "number", "swap", "relation", "order")
+_CHUNK = 256  # images or captions at once
 
 
 def clip_score(folder: Path | str = CLIP) -> CLIPScore:
@@ -50,13 +50,13 @@ def clip_score(folder: Path | str = CLIP) -> CLIPScore:
     return CLIPScore(str(folder), weight=1.0, prefix="", name="clip_score")
 
 
-# Clean pictures.
+# Clean images.
 
 
 def false_captions(
     ask: Ask, things: Sequence[Thing], rng: np.random.Generator, others: int = 8
 ) -> dict[str, list[Ask]]:
-    """Returns asks that are false of a picture by what is wrong in them, put like the true one."""
+    """Returns asks that are false of an image by what is wrong in them, put like the true one."""
     found = {KINDS[0]: [random_ask(rng) for _ in range(others)], **ask.negatives()}
     found = {kind: [wrong for wrong in asks if not wrong.true_of(things)] for kind, asks in found.items()}
     order = [wrong for wrong in found["swap"] if replace(wrong, relation=None).true_of(things)]
@@ -65,9 +65,9 @@ def false_captions(
 
 @torch.no_grad()
 def clean(metric: CLIPScore, per_skill: int, seed: int) -> Found:
-    """Returns how often the true caption of a clean picture wins, by skill and kind of false caption.
+    """Returns how often the true caption of a clean image wins, by skill and kind of false caption.
 
-    Every picture counts once, however many false captions it has.
+    Every image counts once, however many false captions it has.
     """
     metric.setup(torch.device("cpu"))
     rng, asks = np.random.default_rng(seed), prompts(per_skill, seed)
@@ -94,7 +94,7 @@ def clean(metric: CLIPScore, per_skill: int, seed: int) -> Found:
 
 
 def _features(encode: Callable[[Sequence[Any]], Tensor], inputs: Sequence[Any]) -> Tensor:
-    """Returns unit vectors of pictures or captions, (n, width)."""
+    """Returns unit vectors of images or captions, (n, width)."""
     parts = [encode(inputs[at : at + _CHUNK]) for at in range(0, len(inputs), _CHUNK)]
     return normalize(torch.cat(parts).float(), dim=-1)
 
@@ -102,18 +102,18 @@ def _features(encode: Callable[[Sequence[Any]], Tensor], inputs: Sequence[Any]) 
 def _mean(values: Sequence[float]) -> dict[str, float]:
     count = len(values)
     error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
-    return {"share": float(np.mean(values)) if count else math.nan, "error": error, "pictures": count}
+    return {"share": float(np.mean(values)) if count else math.nan, "error": error, "images": count}
 
 
-# Drawn and edited pictures.
+# Drawn and edited images.
 
 
 def compared(result: EvaluationResult, leave_out: Sequence[str] = ()) -> Found:
-    """Returns how the two scores judge settings and pictures.
+    """Returns how the two scores judge settings and images.
 
     Args:
-        result: Holds `clip_score` and `oracle` of every picture; settings are compared with its first.
-        leave_out: Settings whose pictures are not told apart.
+        result: Holds `clip_score` and `oracle` of every image; settings are compared with its first.
+        leave_out: Settings whose images are not told apart.
     """
     chosen = [index for index, setting in enumerate(result.settings) if setting not in leave_out]
     scores = result.scores["clip_score"][chosen].numpy()
@@ -156,7 +156,7 @@ def verdict(clip: Row, oracle: Row) -> str:
     return "agree" if signs[0] == signs[1] else "contradict each other"
 
 
-def pictures(pipe: Any, metric: CLIPScore, names: Sequence[str], args: argparse.Namespace) -> Found:
+def images(pipe: Any, metric: CLIPScore, names: Sequence[str], args: argparse.Namespace) -> Found:
     """Draws prompts in every setting and lets both judge them."""
     result = evaluate(
         pipe,
@@ -164,7 +164,7 @@ def pictures(pipe: Any, metric: CLIPScore, names: Sequence[str], args: argparse.
         metrics=[metric, OracleMetric()],
         adapters=[None, *names],
         seeds=range(args.seeds),
-        output_dir=args.out / "pictures",
+        output_dir=args.out / "images",
         batch_size=args.batch_size,
         num_inference_steps=STEPS,
         guidance_scale=args.guidance,
@@ -174,14 +174,14 @@ def pictures(pipe: Any, metric: CLIPScore, names: Sequence[str], args: argparse.
 
 
 def edits(pipe: Any, metric: CLIPScore, names: Sequence[str], args: argparse.Namespace) -> Found:
-    """Edits pictures in every setting and lets both judge them; those left alone as well."""
+    """Edits images in every setting and lets both judge them; those left alone as well."""
     drawn = edited.draw_edits(args.edits, args.seed)
     made = {"base": edited.run(pipe, drawn, batch=args.batch_size, adapter=False, **edited.SETTINGS)}
     for name in names:
         pipe.set_softrepa(name)
         made[name] = edited.run(pipe, drawn, batch=args.batch_size, adapter=True, **edited.SETTINGS)
     edited.grid(drawn, made).save(args.out / "edits.png")
-    made[UNEDITED] = [edit.picture for edit in drawn]
+    made[UNEDITED] = [edit.image for edit in drawn]
     prompts_of_edits = as_prompts([edit.target for edit in drawn])
     asked = [replace(prompt, category=edit.kind) for prompt, edit in zip(prompts_of_edits, drawn, strict=True)]
     return compared(score(made, asked, [metric, OracleMetric()]), leave_out=[UNEDITED])
@@ -195,9 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapter", type=Path, nargs="*", default=list(ADAPTERS), help="folders of soft tokens")
     parser.add_argument("--out", type=Path, default=Path("outputs/agreement"))
-    parser.add_argument("--clean", type=int, default=300, help="clean pictures of every skill (default: 300)")
+    parser.add_argument("--clean", type=int, default=300, help="clean images of every skill (default: 300)")
     parser.add_argument("--per-skill", type=int, default=40, help="prompts of every skill (default: 40)")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures of every prompt and setting (default: 4)")
+    parser.add_argument("--seeds", type=int, default=4, help="images of every prompt and setting (default: 4)")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--edits", type=int, default=64, help="edits of every kind (default: 64)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
         names = [folder.name for folder in args.adapter]
         for folder in args.adapter:
             pipe.load_softrepa(folder, adapter_name=folder.name)
-        for part, judge in {"pictures": pictures, "edits": edits}.items():
+        for part, judge in {"images": images, "edits": edits}.items():
             if part in parts:
                 found[part] = judge(pipe, metric, names, args)
     (args.out / "agreement.json").write_text(json.dumps(without_nan(found), indent=1) + "\n", encoding="utf-8")

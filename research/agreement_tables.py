@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CLEAR = 2  # standard errors from which on a difference counts
-UNEDITED = "unedited"  # the setting of pictures that were left alone
+UNEDITED = "unedited"  # the setting of images that were left alone
 
 Found = dict[str, Any]
 
@@ -14,14 +14,14 @@ def as_markdown(found: Mapping[str, Found]) -> str:
     """Returns all tables."""
     parts = []
     if "clean" in found:
-        head = "Clean pictures: per cent of comparisons that the true caption wins (50: blind), by what is false"
+        head = "Clean images: per cent of comparisons that the true caption wins (50: blind), by what is false"
         parts += [f"### {head}", _clean_table(found["clean"])]
-    for part, name in (("pictures", "prompts"), ("edits", "edits")):
+    for part, name in (("images", "prompts"), ("edits", "edits")):
         if part in found:
             parts += [
-                f"### Pictures of {name}: does the score tell right from wrong?",
+                f"### Images of {name}: does the score tell right from wrong?",
                 _area_table(found[part]["areas"]),
-                f"### Pictures of {name}: does it rank settings as the oracle does?",
+                f"### Images of {name}: does it rank settings as the oracle does?",
                 _setting_table(found[part]["settings"]),
             ]
     return "\n\n".join(parts) + "\n"
@@ -76,7 +76,7 @@ def plot(found: Mapping[str, Found]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = [part for part in ("pictures", "edits") if part in found]
+    drawn = [part for part in ("images", "edits") if part in found]
     panels = [*(["clean"] if "clean" in found else []), *(["areas", "settings"] if drawn else [])]
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -94,7 +94,7 @@ def _plot_clean(axes: Any, row: Found) -> None:
     shares, errors = ([100 * cell[name] for cell in row.values()] for name in ("share", "error"))
     axes.bar(list(row), shares, yerr=[CLEAR * error for error in errors], color="#4477aa", capsize=3)
     axes.axhline(50, color="black", linestyle=":", linewidth=1)
-    axes.set(ylim=(0, 105), ylabel="% of comparisons", title="the true caption of a clean picture wins")
+    axes.set(ylim=(0, 105), ylabel="% of comparisons", title="the true caption of a clean image wins")
     axes.tick_params(axis="x", rotation=30)
 
 
@@ -105,11 +105,11 @@ def _plot_areas(axes: Any, parts: Mapping[str, Found]) -> None:
         axes.errorbar(values, names, xerr=[CLEAR * error for error in errors], fmt="o", color=color, capsize=3)
     axes.axvline(0.5, color="black", linestyle=":", linewidth=1)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.02), xlabel="AUC", title="the score tells right pictures from wrong")
+    axes.set(xlim=(0, 1.02), xlabel="AUC", title="the score tells right images from wrong")
 
 
 def _plot_settings(axes: Any, parts: Mapping[str, Sequence[Found]]) -> None:
-    for part, marker in (("pictures", "o"), ("edits", "s")):
+    for part, marker in (("images", "o"), ("edits", "s")):
         rows = [row for row in parts.get(part, ()) if row["verdict"] and row["setting"] != UNEDITED]
         for number, setting in enumerate(dict.fromkeys(row["setting"] for row in rows)):
             for row in rows:

@@ -1,11 +1,11 @@
-"""How well a score tells right pictures from wrong ones: the area under the ROC curve, and its standard error.
+"""How well a score tells right images from wrong ones: the area under the ROC curve, and its standard error.
 
-With x the score of a right picture, y that of a wrong one, over all pairs of one with the other,
+With x the score of a right image, y that of a wrong one, over all pairs of one with the other,
 
     AUC = P(x > y) + P(x = y) / 2
 
 which is 1 for a score that knows and 1/2 for one that is blind. The error is that of DeLong et al. (Biometrics 44,
-1988) with the pictures of a group, here of one prompt, taken together as in Obuchowski (Biometrics 53, 1997): they are
+1988) with the images of a group, here of one prompt, taken together as in Obuchowski (Biometrics 53, 1997): they are
 no independent evidence.
 """
 
@@ -20,7 +20,7 @@ def auc(scores: np.ndarray, right: np.ndarray, groups: np.ndarray) -> Mean:
     """Returns the area of all pairs.
 
     Args:
-        scores: Of pictures, (n,).
+        scores: Of images, (n,).
         right: Which of them are right, (n,) bool.
         groups: What belongs together, (n,) integers.
     """
@@ -38,9 +38,9 @@ def auc(scores: np.ndarray, right: np.ndarray, groups: np.ndarray) -> Mean:
 
 
 def auc_within(scores: np.ndarray, right: np.ndarray, groups: np.ndarray) -> Mean:
-    """Returns the area of those pairs only that are of one group: whether the better picture of a prompt is found.
+    """Returns the area of those pairs only that are of one group: whether the better image of a prompt is found.
 
-    Arguments are those of `auc`; `count` is the number of groups that have both right and wrong pictures.
+    Arguments are those of `auc`; `count` is the number of groups that have both right and wrong images.
     """
     sums, pairs = [], []
     for group in np.unique(groups):

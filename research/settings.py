@@ -4,8 +4,8 @@
 
 A setting changes what adapters learn from, or for how long:
 
-    domain     pictures as another camera takes them, darker and of a warm cast that the base never saw
-    few-N      N pictures
+    domain     images as another camera takes them, darker and of a warm cast that the base never saw
+    few-N      N images
     noisy-P    P per cent of the captions are false in one thing
     steps-N    N steps
     own-times  the published recipe with a noise level and noise of its own for each row instead of shared ones
@@ -16,39 +16,39 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shapes_world.train_adapter import BATCH, PICTURES, RECIPE, pairs
+from shapes_world.train_adapter import BATCH, IMAGES, RECIPE, pairs
 from shapes_world.world import Ask, Thing, random_ask, random_background, render
-from study import DENOISING, METHODS, PUBLISHED, Method, Rows, all_pictures, main
+from study import DENOISING, METHODS, PUBLISHED, Method, Rows, all_images, main
 
 CAST = np.array([0.85, 0.72, 0.52])  # of the other camera: what is left of red, green and blue
 
 
 def as_another_camera(image: Image.Image) -> Image.Image:
-    """Returns a picture darker and with a warm cast."""
+    """Returns an image darker and with a warm cast."""
     return Image.fromarray((np.asarray(image) * CAST).round().astype(np.uint8))
 
 
 def of_another_domain(seed: int, hard: int) -> list[dict[str, Any]]:
-    """Returns the usual pictures as another camera takes them."""
-    return [{**row, "image": as_another_camera(row["image"])} for row in all_pictures(seed, hard)]
+    """Returns the usual images as another camera takes them."""
+    return [{**row, "image": as_another_camera(row["image"])} for row in all_images(seed, hard)]
 
 
 def few(count: int) -> Rows:
-    """Returns a source of so many pictures."""
+    """Returns a source of so many images."""
     return lambda seed, hard: pairs(count, seed + 10, hard)
 
 
 def noisy(share: float) -> Rows:
-    """Returns a source of pictures of which so many have a caption that is false in one thing.
+    """Returns a source of images of which so many have a caption that is false in one thing.
 
     Written negatives differ from the caption that is there in one thing and may be true by chance, as those that
-    somebody writes without looking at the picture.
+    somebody writes without looking at the image.
     """
 
     def rows(seed: int, hard: int) -> list[dict[str, Any]]:
         rng = np.random.default_rng(seed + 10)
         found = []
-        for _ in range(PICTURES):
+        for _ in range(IMAGES):
             said, things = noisy_scene(rng, share)
             others = [other for kind in said.negatives().values() for other in kind]
             chosen = [others[i].rephrased(rng).caption for i in rng.permutation(len(others))[:hard]]

@@ -4,7 +4,7 @@
     python research/study.py train softrepa agsm   # some adapters
     python research/study.py measure --seeds 5 --guidance 1 2 4
     python research/study.py table
-    python research/study.py picture softrepa ours --guidance 2
+    python research/study.py figure ours --guidance 1 --skills colors two_object counting color_attr position
 
 Adapters are kept in `--adapters`, a folder for each method and seed, measurements in `--out`, a file for each adapter,
 guidance scale and seed, so the study can be interrupted. Several processes can share it: give each some of the names.
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shapes_world.drawing import BASE, Measured, draw, features, framed, load_base, measure
+from shapes_world.drawing import BASE, Measured, draw, features, framed, load_base, measure, right
 from shapes_world.train_adapter import (
     BATCH,
     HELD_OUT,
     HIGH_NOISE,
-    PICTURES,
+    IMAGES,
     RECIPE,
     STEPS,
     load_lora,
@@ -39,13 +39,14 @@ ADAPTERS = Path(__file__).parent / "adapters"
 BASE_ROWS = ("base", "base, exact phrasing")  # the base alone: as everyone asks, and as it knows how to follow
 PUBLISHED: dict[str, Any] = {"share_timestep": True, "share_noise": True, "learning_rate": 1e-3}
 LORA = "lora"
+TITLES = {"base": "base model", "ours": "with soft tokens"}  # in figures; other rows are called as in the table
 
 Rows = Callable[[int, int], list[dict[str, Any]]]  # from a seed and a number of written negatives
 
 
-def all_pictures(seed: int, hard: int) -> list[dict[str, Any]]:
-    """Returns the pictures that adapters learn from unless a setting says otherwise."""
-    return pairs(PICTURES, seed + 10, hard)
+def all_images(seed: int, hard: int) -> list[dict[str, Any]]:
+    """Returns the images that adapters learn from unless a setting says otherwise."""
+    return pairs(IMAGES, seed + 10, hard)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Method:
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     steps: int = STEPS
-    rows: Rows = all_pictures
+    rows: Rows = all_images
 
 
 DENOISING: dict[str, Any] = {"objective": "denoising", "train_batch_size": BATCH**2, **HIGH_NOISE}
@@ -145,7 +146,7 @@ def measure_all(names: Sequence[str], args: argparse.Namespace) -> None:
 def load_measured(
     name: str, guidance: float, args: argparse.Namespace
 ) -> tuple[list[list[Measured]], list[list[Ask]]] | None:
-    """Returns the measurements of a row, by training seed and by seed of the pictures, and what was asked."""
+    """Returns the measurements of a row, by training seed and by seed of the images, and what was asked."""
     paths = [
         [saved_at(name, trained, guidance, seed, args) for seed in range(args.seeds)]
         for trained in training_seeds(name, args)
@@ -157,15 +158,17 @@ def load_measured(
     return runs, [asked(name, seed, args) for seed in range(args.seeds)]
 
 
-def picture(args: argparse.Namespace, each: int = 1, columns: int = 4) -> Image.Image:
-    """Returns the first prompts of every skill, drawn from the same noise by the base and by the named adapters."""
-    asks = [ask for row, ask in enumerate(prompts(args.per_skill, 0)) if row % args.per_skill < each]
-    found = {}
+def figure(args: argparse.Namespace, seeds: int = 4) -> Image.Image:
+    """Returns the first prompt of each skill, drawn from the same noise by the base and by the named adapters."""
+    skills = args.skills or SKILLS
+    asks = [next(ask for ask in prompts(args.per_skill, 0) if ask.skill == skill) for skill in skills]
+    asked = [ask for ask in asks for _ in range(seeds)]
+    columns = {}
     for name in ("base", *args.names):
-        pipe = prepared(name, 0, args)
-        images = draw(pipe, [ask for ask in asks for _ in range(columns)], guidance=args.guidance[0])
-        found[name] = [images[start : start + columns] for start in range(0, len(images), columns)]
-    return framed(found, asks)
+        images = draw(prepared(name, 0, args), asked, guidance=args.guidance[0])
+        title = f"{TITLES.get(name, name)}: {right(images, asked).sum():.0f} of {len(asked)} right"
+        columns[title] = [images[start : start + seeds] for start in range(0, len(images), seeds)]
+    return framed(columns, asks, scale=4)
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:
@@ -178,17 +181,17 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def gain_and_errors(correct: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Returns the mean paired difference to the base, and its standard error, of pictures and of training together.
+    """Returns the mean paired difference to the base, and its standard error, of images and of training together.
 
     The prompts are the same for every training seed. So the variance of the mean is that of prompts (of differences
     averaged over training seeds), plus what training adds: the variance between the means of training seeds beyond
-    that of pictures, over their number.
+    that of images, over their number.
 
     Args:
-        correct: By training seed and picture, (seeds, pictures) bool.
-        base: By picture, (pictures,) bool.
+        correct: By training seed and image, (seeds, images) bool.
+        base: By image, (images,) bool.
     """
-    difference = correct.astype(float) - base  # (seeds, pictures)
+    difference = correct.astype(float) - base  # (seeds, images)
     mean = difference.mean(0)
     prompts_error = float(mean.std(ddof=1) / len(mean) ** 0.5)
     spread = float(difference.mean(1).std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
@@ -196,7 +199,7 @@ def gain_and_errors(correct: np.ndarray, base: np.ndarray) -> dict[str, float]:
 
 
 def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the figures of every row and guidance scale that has been measured for all seeds of the pictures."""
+    """Returns the figures of every row and guidance scale that has been measured for all seeds of the images."""
     base = load_base(args.base)
     rng = np.random.default_rng(12345)
     real = features(base, [render(random_ask(rng).scene(rng), random_background(rng)) for _ in range(2000)])
@@ -261,7 +264,7 @@ def _diagnostics(log: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
-        found |= {key: entry[f"held_out/{key}"] for key in ("top1", "information") if f"held_out/{key}" in entry}
+        found |= {key: entry[f"eval/{key}"] for key in ("top1", "information") if f"eval/{key}" in entry}
     return found
 
 
@@ -269,16 +272,17 @@ def main(
     arguments: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS, description: str | None = __doc__
 ) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["all", "train", "measure", "table", "picture"], default="all")
+    parser.add_argument("part", nargs="?", choices=["all", "train", "measure", "table", "figure"], default="all")
     parser.add_argument("names", nargs="*", help="rows of the table; all unless given")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)
     parser.add_argument("--out", type=Path, default=Path("outputs/study"))
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0])
-    parser.add_argument("--seeds", type=int, default=5, help="of the pictures that are measured")
+    parser.add_argument("--seeds", type=int, default=5, help="of the images that are measured")
     parser.add_argument("--training-seeds", type=int, default=3, help="of the training of each adapter")
     parser.add_argument("--per-skill", type=int, default=20)
     parser.add_argument("--steps", type=int, help="training steps of every adapter, instead of its own")
+    parser.add_argument("--skills", nargs="+", choices=SKILLS, metavar="SKILL", help="rows of the figure")
     args = parser.parse_args(arguments)
     args.methods = methods
     names = args.names or [*BASE_ROWS, *args.methods]
@@ -288,8 +292,8 @@ def main(
     if args.part in ("all", "measure"):
         measure_all(names, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.part == "picture":
-        picture(args).quantize(128).save(args.out / "pictures.png", optimize=True)
+    if args.part == "figure":
+        figure(args).save(args.out / "figure.png", optimize=True)
     if args.part in ("all", "table"):
         table = results(names, args)
         (args.out / "results.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

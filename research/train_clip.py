@@ -1,8 +1,8 @@
-"""Trains the CLIP of the shapes world from scratch: clean pictures and their true captions, in the usual way.
+"""Trains the CLIP of the shapes world from scratch: clean images and their true captions, in the usual way.
 
     python research/train_clip.py --out outputs/clip
 
-Every caption of a batch is a negative of every other picture, and no caption is written to be wrong: that is how CLIP
+Every caption of a batch is a negative of every other image, and no caption is written to be wrong: that is how CLIP
 models learn, and why they see less in a caption than is there. The batch is small because the world is: as in a large
 world, a caption seldom meets one that differs from it in a single thing. (With as many captions in batches of 128,
 `--batch-size 128 --steps 1500`, it learns which attribute belongs to which thing.) `clip/` in the folder holds model,
@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from shapes_world import models
-from shapes_world.train_base import Run, as_input, pictures, scenes
+from shapes_world.train_base import Run, as_input, images, scenes
 from shapes_world.world import SIZE, Ask
 
-SCENES = 30_000  # pictures to learn from
+SCENES = 30_000  # images to learn from
 HELD_OUT = 1024  # and to measure on
 MAX_LOGIT_SCALE = math.log(100)
 _HALVES = {"mean": [0.5] * 3, "std": [0.5] * 3}  # pixels of 0..1 become -1..1
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and result")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps (default: 6000)")
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"pictures to learn from (default: {SCENES})")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures and captions to match (default: 32)")
+    parser.add_argument("--scenes", type=int, default=SCENES, help=f"images to learn from (default: {SCENES})")
+    parser.add_argument("--batch-size", type=int, default=32, help="images and captions to match (default: 32)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=250)
@@ -71,19 +71,19 @@ def clip(words: CLIPTokenizer, *, width: int = 96, text_width: int = 64, patch: 
 
 
 def processor() -> CLIPImageProcessorPil:
-    """What makes pixels of pictures, as `train_base.as_input` does."""
+    """What makes pixels of images, as `train_base.as_input` does."""
     side = {"height": SIZE, "width": SIZE}
     return CLIPImageProcessorPil(size=side, crop_size=side, image_mean=_HALVES["mean"], image_std=_HALVES["std"])
 
 
 def train(args: argparse.Namespace) -> None:
-    """Learns to tell which caption of a batch belongs to which picture."""
+    """Learns to tell which caption of a batch belongs to which image."""
     words = models.clip_tokenizer()
     model = clip(words)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     run = Run(args, "clip", {"model": model, "optimizer": optimizer})
     drawn = list(scenes(args.scenes, args.seed + 1))
-    pixels, said = pictures(drawn), [ask for ask, _, _ in drawn]
+    pixels, said = images(drawn), [ask for ask, _, _ in drawn]
     for step in run.steps(args.steps, optimizer):
         rng = run.rng(step)
         rows = rng.integers(len(said), size=args.batch_size)
@@ -97,12 +97,12 @@ def train(args: argparse.Namespace) -> None:
 def loss(
     model: CLIPModel, words: CLIPTokenizer, pixels: Tensor, said: Sequence[Ask], rng: np.random.Generator
 ) -> Tensor:
-    """The mean of the cross entropies of pictures given captions and captions given pictures.
+    """The mean of the cross entropies of images given captions and captions given images.
 
     Args:
         model: The CLIP.
         words: Its tokenizer.
-        pixels: Pictures, (n, 3, 32, 32) uint8.
+        pixels: Images, (n, 3, 32, 32) uint8.
         said: What may be said of each; the phrasing is drawn.
         rng: Random numbers.
     """
@@ -114,9 +114,9 @@ def loss(
 
 @torch.no_grad()
 def held_out(model: CLIPModel, words: CLIPTokenizer, args: argparse.Namespace) -> float:
-    """Returns the mean loss of batches of pictures it has not seen."""
+    """Returns the mean loss of batches of images it has not seen."""
     drawn, rng = list(scenes(HELD_OUT, args.seed + 2)), np.random.default_rng(args.seed)
-    pixels, said = pictures(drawn), [ask for ask, _, _ in drawn]
+    pixels, said = images(drawn), [ask for ask, _, _ in drawn]
     starts = range(0, HELD_OUT, args.batch_size)
     losses = [
         loss(model, words, pixels[at : at + args.batch_size], said[at : at + args.batch_size], rng) for at in starts

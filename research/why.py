@@ -29,13 +29,13 @@ PHRASINGS = ("everyday", "exact")
 def errors(pipe: Any, count: int, seed: int = 0) -> dict[int, dict[str, dict[str, float]]]:
     """Returns by timestep and phrasing what the errors of true and of false captions are.
 
-    That is: the mean error of true captions, how far that of false ones lies above it, and the share of pictures for
+    That is: the mean error of true captions, how far that of false ones lies above it, and the share of images for
     which it does.
 
     Args:
         pipe: The base, with an adapter or without.
-        count: Pictures, of skills that speak of several things.
-        seed: Of pictures and noise.
+        count: Images, of skills that speak of several things.
+        seed: Of images and noise.
     """
     rng, skills = np.random.default_rng(seed), [skill for skill in SKILLS if skill not in ("single_object", "colors")]
     asks, images, wrong = [], [], []
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapter", type=Path, help="folder of an adapter")
-    parser.add_argument("--count", type=int, default=256, help="pictures")
+    parser.add_argument("--count", type=int, default=256, help="images")
     args = parser.parse_args(arguments)
     pipe = load_base(args.base)
     if args.adapter is not None:

@@ -32,8 +32,8 @@ def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys, monkey
         # In the adapter's table, and in that of the trained one.
         assert len(re.findall(rf"{skill} +\d+\.\d % +\d+\.\d %", printed)) == 2
     assert len(re.findall(r"total .* [+-]\d+\.\d ± \d+\.\d\n", printed)) == 2
-    with Image.open(tmp_path / "pictures.png") as pictures:
-        assert pictures.height > len(demo.SHOWN) * 96
+    with Image.open(tmp_path / "images.png") as images:
+        assert images.height > len(demo.SHOWN) * 96
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.width > 900
     log = [json.loads(line) for line in (tmp_path / "trained" / "log.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ from transformers import (
 
 import scorers
 import tiny
-from diffusers_softrepa.compat import pil_processor
+from diffusers_softrepa.compat import pil_processor, pooled
 from diffusers_softrepa.evaluation import BoxDetector, Detection, Detector, GenEval, Mask2FormerDetector, Prompt
 from diffusers_softrepa.evaluation.metrics.detectors import instances
 from diffusers_softrepa.evaluation.metrics.geneval import COLORS, cut_out, is_correct, relations, surest
@@ -159,12 +159,12 @@ def test_a_color_is_the_nearest_mean_of_the_templates(clip: Path):
     def read(text: str) -> torch.Tensor:
         ids = torch.tensor([tokenizer(text)["input_ids"][: tiny.MAX_LENGTH]])
         ids[0, -1] = model.config.text_config.eos_token_id
-        return unit(model.get_text_features(ids).pooler_output)[0]
+        return unit(pooled(model.get_text_features(ids)))[0]
 
     expected = []
     for one in objects:
         pixels = scorers._processor()(image.crop(one.box), return_tensors="pt")["pixel_values"]
-        seen = unit(model.get_image_features(pixels).pooler_output)[0]
+        seen = unit(pooled(model.get_image_features(pixels)))[0]
         near = []
         for color in COLORS:
             texts = f"a photo of a {color} cup", f"a photo of a {color}-colored cup", f"a photo of a {color} object"
@@ -188,7 +188,7 @@ def test_other_prompts_and_unknown_classes_are_refused(clip: Path):
     with pytest.raises(ValueError, match="prompt '7' has no 'include'"):
         metric.score([Image.new("RGB", (8, 8))], [Prompt("7", "a cat")])
     task = {"include": [{"class": "unicorn", "count": 1}]}
-    with pytest.raises(ValueError, match="the detector knows no unicorn, which prompt '7' asks for"):
+    with pytest.raises(ValueError, match="the detector does not know unicorn, which prompt '7' asks for"):
         metric.score([Image.new("RGB", (8, 8))], [Prompt("7", "a unicorn", metadata=task)])
 
 
@@ -239,7 +239,7 @@ def test_mask2former_detects_without_scipy(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr("transformers.models.mask2former.modeling_mask2former.requires_backends", lambda *_: None)
         model = Mask2FormerForUniversalSegmentation(config).eval()
     model.save_pretrained(tmp_path)
-    processor = pil_processor("Mask2FormerImageProcessor")(size={"shortest_edge": 64, "longest_edge": 64})
+    processor = pil_processor("Mask2FormerImageProcessor")(size={"shortest_edge": 48, "longest_edge": 64})
     processor.save_pretrained(tmp_path)
     detector = Mask2FormerDetector(str(tmp_path))
     detector.setup(CPU)

@@ -30,7 +30,7 @@ def drawn(seed: int, groups: int = 20, each: int = 4) -> tuple[np.ndarray, np.nd
 
 
 def counted(scores: np.ndarray, right: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """The share of pairs that a right picture wins, pair by pair."""
+    """The share of pairs that a right image wins, pair by pair."""
     won, pairs = 0.0, 0
     for i in np.flatnonzero(right):
         for j in np.flatnonzero(~right):
@@ -41,20 +41,20 @@ def counted(scores: np.ndarray, right: np.ndarray, groups: np.ndarray | None = N
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_area_is_the_share_of_pairs_that_the_right_picture_wins(seed: int):
+def test_the_area_is_the_share_of_pairs_that_the_right_image_wins(seed: int):
     scores, right, groups = drawn(seed)
     assert roc.auc(scores, right, groups).value == pytest.approx(counted(scores, right))
     assert roc.auc_within(scores, right, groups).value == pytest.approx(counted(scores, right, groups))
 
 
-def test_the_error_of_single_pictures_is_delongs():
+def test_the_error_of_single_images_is_delongs():
     scores, right, groups = drawn(3)
     wins = (scores[right][:, None] > scores[~right]) + 0.5 * (scores[right][:, None] == scores[~right])
     variance = wins.mean(1).var(ddof=1) / wins.shape[0] + wins.mean(0).var(ddof=1) / wins.shape[1]
     assert roc.auc(scores, right, np.arange(len(groups))).error == pytest.approx(math.sqrt(variance))
 
 
-def test_a_picture_that_comes_twice_is_no_new_evidence():
+def test_an_image_that_comes_twice_is_no_new_evidence():
     scores, right, groups = drawn(4)
     for area in (roc.auc, roc.auc_within):
         once, twice = area(scores, right, groups), area(*(np.tile(part, 2) for part in (scores, right, groups)))
@@ -68,7 +68,7 @@ def test_the_error_is_the_spread_of_the_area_over_samples():
         assert np.mean([mean.error for mean in found]) == pytest.approx(spread, rel=0.25)
 
 
-def test_without_right_or_without_wrong_pictures_there_is_no_area():
+def test_without_right_or_without_wrong_images_there_is_no_area():
     scores, _, groups = drawn(5)
     for right in (np.ones(len(scores), dtype=bool), np.zeros(len(scores), dtype=bool)):
         assert math.isnan(roc.auc(scores, right, groups).value)
@@ -91,7 +91,7 @@ def test_a_score_that_knows_agrees_and_one_that_is_upside_down_contradicts():
     asks, rng = world.prompts(3, seed=1), np.random.default_rng(0)
     true = [world.render(ask.scene(rng)) for ask in asks]
     empty = [world.render([])] * len(asks)
-    half = [picture if number % 2 else blank for number, (picture, blank) in enumerate(zip(true, empty, strict=True))]
+    half = [image if number % 2 else blank for number, (image, blank) in enumerate(zip(true, empty, strict=True))]
     oracle = OracleMetric()
     for sign, area, verdict in ((1, 1.0, "agree"), (-1, 0.0, "contradict each other")):
         knows = FunctionMetric(lambda *given, sign=sign: [sign * one for one in oracle.score(*given)], "clip_score")
@@ -110,7 +110,7 @@ def test_false_captions_are_false_and_put_like_the_true_one():
         assert set(found) == set(agreement.KINDS)
         for kind, asks in found.items():
             assert not any(wrong.true_of(things) for wrong in asks)
-            assert kind == "another picture" or all(wrong.phrasing // 2 == ask.phrasing // 2 for wrong in asks)
+            assert kind == "another image" or all(wrong.phrasing // 2 == ask.phrasing // 2 for wrong in asks)
 
 
 def test_the_shipped_clip_loads_as_any_and_knows_single_things():
@@ -119,9 +119,9 @@ def test_the_shipped_clip_loads_as_any_and_knows_single_things():
     assert metric.encoder.model.dtype == torch.float32 and isinstance(metric.encoder.model, CLIPModel)
     assert (FOLDER / "clip" / "model.safetensors").stat().st_size < 1.5e6
     asks = [world.random_ask(rng, "colors") for _ in range(24)]
-    pictures = [world.render(ask.scene(rng)) for ask in asks]
+    images = [world.render(ask.scene(rng)) for ask in asks]
     others = [replace(ask, wants=asks[number - 1].wants) for number, ask in enumerate(asks)]
-    true, false = (metric.score(pictures, as_prompts(some)) for some in (asks, others))
+    true, false = (metric.score(images, as_prompts(some)) for some in (asks, others))
     different = torch.tensor([ask.wants != other.wants for ask, other in zip(asks, others, strict=True)])
     assert (true > false)[different].float().mean() > 0.95
     assert (true - false)[different].mean() > 0.2
@@ -129,9 +129,9 @@ def test_the_shipped_clip_loads_as_any_and_knows_single_things():
 
 
 def test_its_processor_makes_the_pixels_that_it_learned_from():
-    picture = world.render(world.random_ask(np.random.default_rng(4)).scene(np.random.default_rng(4)))
-    pixels = train_clip.processor()([picture], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels, drawing.as_input([picture]))
+    image = world.render(world.random_ask(np.random.default_rng(4)).scene(np.random.default_rng(4)))
+    pixels = train_clip.processor()([image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, drawing.as_input([image]))
 
 
 @pytest.mark.slow
@@ -152,11 +152,11 @@ def test_from_training_a_clip_to_the_tables(tmp_path: Path, monkeypatch, capsys)
     capsys.readouterr()
     found = agreement.main([*small, *folders, "--adapter", str(tmp_path / "tokens")])
     assert list(found) == list(agreement.PARTS)
-    assert {row["setting"] for row in found["pictures"]["settings"]} == {"base", "tokens"}
+    assert {row["setting"] for row in found["images"]["settings"]} == {"base", "tokens"}
     assert {row["setting"] for row in found["edits"]["settings"]} == {"base", "tokens", "unedited"}
-    assert found["pictures"]["areas"]["all"]["right"] + found["pictures"]["areas"]["all"]["wrong"] == 7 * 2 * 2
+    assert found["images"]["areas"]["all"]["right"] + found["images"]["areas"]["all"]["wrong"] == 7 * 2 * 2
     written = json.loads((tmp_path / "out" / "agreement.json").read_text())
-    assert written["clean"]["all"]["number"]["pictures"] == found["clean"]["all"]["number"]["pictures"] == 7
+    assert written["clean"]["all"]["number"]["images"] == found["clean"]["all"]["number"]["images"] == 7
     assert (tmp_path / "out" / "agreement.md").read_text(encoding="utf-8") in capsys.readouterr().out
     assert all((tmp_path / "out" / name).stat().st_size for name in ("agreement.png", "edits.png"))
 
@@ -164,4 +164,4 @@ def test_from_training_a_clip_to_the_tables(tmp_path: Path, monkeypatch, capsys)
 def test_an_unknown_part_is_an_error(tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         agreement.main(["dirty", "--out", str(tmp_path)])
-    assert "a part is one of clean, pictures, edits, but dirty was given" in capsys.readouterr().err
+    assert "a part is one of clean, images, edits, but dirty was given" in capsys.readouterr().err

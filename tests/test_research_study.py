@@ -12,7 +12,7 @@ from shapes_world import train_adapter, world
 
 
 def test_everything_from_training_to_the_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "PICTURES", 40)
+    monkeypatch.setattr(study, "IMAGES", 40)
     folders = ["--adapters", str(tmp_path / "adapters"), "--out", str(tmp_path / "out"), "--training-seeds", "2"]
     names = ["softrepa", "lora"]
     study.main(["train", *names, *folders, "--steps", "2"])
@@ -69,12 +69,12 @@ def test_captions_are_false_as_often_as_told(share):
 
 
 def test_rows_with_false_captions_have_written_negatives(monkeypatch):
-    monkeypatch.setattr(settings, "PICTURES", 20)
+    monkeypatch.setattr(settings, "IMAGES", 20)
     rows = settings.noisy(0.4)(0, 2)
     assert len(rows) == 20 and all(len(row["negatives"]) == 2 for row in rows)
 
 
-def test_another_camera_takes_darker_pictures_of_a_warm_cast():
+def test_another_camera_takes_darker_images_of_a_warm_cast():
     image = world.render([], 0.95)
     red, green, blue = settings.as_another_camera(image).getpixel((0, 0))
     assert 230 > red > green > blue > 100

@@ -13,7 +13,7 @@ from shapes_world import edits, models
 
 
 def ideal(edit: edits.Edit, rng: np.random.Generator) -> Image.Image:
-    """Draws what a perfect edit makes of a picture."""
+    """Draws what a perfect edit makes of an image."""
     things, wanted = list(edit.things), edit.target.wants[0]
     if edit.kind != "count":
         first = next(thing for thing in things if thing not in edit.stays)
@@ -34,13 +34,22 @@ def test_a_perfect_edit_is_done_and_keeps_the_rest():
         assert row["outside"] < 0.5
 
 
-def test_a_picture_left_alone_is_kept_and_not_done():
+def test_an_image_left_alone_is_kept_and_not_done():
     drawn = edits.draw_edits(8, seed=0)
-    for row in edits.measure(drawn, [edit.picture for edit in drawn]).values():
+    for row in edits.measure(drawn, [edit.image for edit in drawn]).values():
         assert (row["done"], row["kept"], row["outside"]) == (0, 1, 0)
 
 
-def test_an_empty_picture_keeps_nothing():
+def test_the_gain_is_paired_edit_by_edit():
+    drawn, rng = edits.draw_edits(8, seed=0), np.random.default_rng(1)
+    good, left = [ideal(edit, rng) for edit in drawn], [edit.image for edit in drawn]
+    half = [images[row % 2] for row, images in enumerate(zip(left, good, strict=True))]
+    row = edits.measure(drawn, good, half)["all"]
+    assert row["gain"] == 0.5 and row["gain_error"] == pytest.approx(0.5 / np.sqrt(len(drawn) - 1))
+    assert edits.measure(drawn, half, half)["all"]["gain_error"] == 0  # the same edits fail in both
+
+
+def test_an_empty_image_keeps_nothing():
     drawn = [edit for edit in edits.draw_edits(8, seed=0) if edit.stays]
     empty = edits.render([])
     assert not any(edit.kept(empty) for edit in drawn if edit.kind != "count" or len(edit.stays) > 1)
@@ -69,5 +78,5 @@ def test_the_command_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((tmp_path / "out" / "edits.json").read_text())["results"] == results
     table = (tmp_path / "out" / "edits.md").read_text(encoding="utf-8")
     assert len(table.splitlines()) == 2 + 3 * 4 and table in capsys.readouterr().out
-    with Image.open(tmp_path / "out" / "edits.png") as picture:
-        assert picture.height > 6 * 96
+    with Image.open(tmp_path / "out" / "edits.png") as image:
+        assert image.height > 6 * 96

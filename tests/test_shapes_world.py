@@ -1,4 +1,4 @@
-"""The shapes world: captions, pictures, the oracle that reads them, and the small models' words."""
+"""The shapes world: captions, images, the oracle that reads them, and the small models' words."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def drawn(count: int, seed: int = 0, *, free: bool = False) -> list[tuple[Ask, l
 
 
 @pytest.mark.parametrize("free", [False, True], ids=["grid", "free"])
-def test_the_oracle_reads_every_clean_picture(free):
+def test_the_oracle_reads_every_clean_image(free):
     scenes = drawn(200, free=free)
     table = oracle.accuracy([image for *_, image in scenes], [ask for ask, *_ in scenes])
     assert table == dict.fromkeys((*world.SKILLS, "total"), 1.0)
@@ -59,7 +59,7 @@ def test_a_caption_that_differs_in_one_thing_is_false_by_the_oracle_where_it_is_
     assert checked > 300
 
 
-def test_what_makes_a_picture_wrong():
+def test_what_makes_an_image_wrong():
     ask = Ask("position", (Want(1, "red", "circle"), Want(1, "blue", "square")), "left")
     assert ask.caption == "a red circle left of a blue square"
     assert ask.true_of([BLUE_SQUARE, RED_CIRCLE])
@@ -75,15 +75,15 @@ def test_what_makes_a_picture_wrong():
     assert oracle.judge(world.render(wrong["missing"]), ask).counted == -1
 
 
-def test_a_patch_that_is_no_shape_counts_against_the_picture():
-    picture = np.asarray(world.render([RED_CIRCLE])).copy()
-    picture[20:24, 4:30] = world.COLORS["green"]
-    verdict = oracle.judge(Image.fromarray(picture), Ask("colors", (Want(1, "red", "circle"),)))
+def test_a_patch_that_is_no_shape_counts_against_the_image():
+    image = np.asarray(world.render([RED_CIRCLE])).copy()
+    image[20:24, 4:30] = world.COLORS["green"]
+    verdict = oracle.judge(Image.fromarray(image), Ask("colors", (Want(1, "red", "circle"),)))
     assert not verdict.correct and verdict.counted == 1 and verdict.quality < 0.6
 
 
-def test_a_picture_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="reads 32 x 32 pictures, but this is 64 x 32"):
+def test_an_image_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="reads 32 x 32 images, but this is 64 x 32"):
         oracle.read(Image.new("RGB", (64, 32)))
 
 
@@ -144,7 +144,7 @@ def test_captions_of_the_second_stage_are_as_often_wrong_as_the_mixture_says_and
     assert sum(mixture.values()) == pytest.approx(1)
     assert shares["empty"] == pytest.approx(train_base.NO_CAPTION, abs=0.02)
     assert shares["exact"] == pytest.approx(said * mixture["exact"], abs=0.03)
-    # The caption of another picture is that of this one by chance, rarely.
+    # The caption of another image is that of this one by chance, rarely.
     assert shares["everyday, true"] == pytest.approx(said * mixture["true"], abs=0.03)
     assert shares["everyday, wrong"] == pytest.approx(said * (mixture["false"] + mixture["another"]), abs=0.03)
 
@@ -227,14 +227,14 @@ def test_skills_come_as_often_as_asked_for():
         assert abs(np.mean([ask.skill == skill for ask in said]) - share) < 0.03
 
 
-def test_pictures_show_what_may_be_said_of_their_scenes():
+def test_images_show_what_may_be_said_of_their_scenes():
     drawn = list(train_base.scenes(20, seed=5))
-    images = train_base.pictures(drawn).permute(0, 2, 3, 1).numpy()
+    images = train_base.images(drawn).permute(0, 2, 3, 1).numpy()
     for (ask, _, _), pixels in zip(drawn, images, strict=True):
         assert oracle.judge(Image.fromarray(pixels), ask).correct
 
 
-def test_samples_of_the_autoencoders_posterior_are_pictures_too():
+def test_samples_of_the_autoencoders_posterior_are_images_too():
     """Trainers draw latents from the posterior; one that is wide is noise, which no caption explains."""
     vae = AutoencoderKL.from_pretrained(FOLDER / "sd3" / "vae")
     scenes = drawn(120, seed=8)

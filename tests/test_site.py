@@ -42,7 +42,7 @@ def test_every_block_of_python_runs_or_says_why_it_does_not(page: Path):
 
 
 def small_sd3() -> StableDiffusion3Pipeline:
-    """Returns a small pipeline whose pictures take one step."""
+    """Returns a small pipeline whose images take one step."""
     pipe = tiny.sd3_pipeline()
     call = type(pipe).__call__
 

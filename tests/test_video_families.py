@@ -76,6 +76,10 @@ def test_without_an_image_tokens_at_the_projections_are_tokens_of_the_block(name
 @pytest.mark.parametrize("name", SEEING)
 def test_fused_projections_are_refused_where_tokens_go_into_them(name: str):
     specimen = SPECIMENS[name]
+    try:
+        specimen.denoiser().fuse_qkv_projections()
+    except AttributeError as error:
+        pytest.skip(f"this diffusers cannot fuse them: {error}")
     denoiser, inputs = zoo.with_tokens(specimen), specimen.inputs(2, LENGTH)
     expected = specimen.call(denoiser, inputs)
     denoiser.fuse_qkv_projections()

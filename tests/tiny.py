@@ -18,7 +18,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -27,14 +26,11 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
+    T5TokenizerFast,
 )
-from transformers import __version__ as transformers_version
 
-import tokenizers4
+from shapes_world import tokenizer_files
 
-# Not from the package: one test reads a pipeline with plain diffusers.
-TRANSFORMERS = Version(transformers_version)
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 MAX_LENGTH = 24
 WIDTH = 32
@@ -44,17 +40,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that spells words by letters."""
     words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(words)}
-    if TRANSFORMERS.major < 5:
-        return tokenizers4.clip_tokenizer(vocab, MAX_LENGTH)
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_LENGTH)
+    return tokenizer_files.clip_tokenizer(vocab, [], MAX_LENGTH)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5TokenizerFast:
     """A T5 tokenizer that spells words by letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    if TRANSFORMERS.major < 5:
-        return tokenizers4.t5_tokenizer(pieces, MAX_LENGTH)
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_LENGTH)
+    return tokenizer_files.t5_tokenizer(pieces, MAX_LENGTH)
 
 
 def clip_text_encoder(*, projected: bool = False) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -99,14 +100,14 @@ add(
 
 def _animate2(batch: int, length: int) -> Inputs:
     """The pass over the reference, which needs no compiler: lists of samples."""
-    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+    module = pytest.importorskip("diffusers.models.transformers.transformer_wan_animate_2")
 
     return {
         "hidden_states": list(noise("video", batch, 2, FRAMES, 4, 4)),
         "condition_latents": list(noise("condition", batch, 2, FRAMES, 4, 4)),
         "encoder_hidden_states": list(text(batch, length, 10)),
         "encoder_hidden_states_image": noise("seen", batch, 5, 1280),
-        "kv_cache": WanAnimate2KVCache(3),
+        "kv_cache": module.WanAnimate2KVCache(3),
         "kv_cache_mode": "extract",
         "seq_len": PATCHES,
         "offset_grid_sizes": torch.tensor([[FRAMES, 2, 2]] * batch),

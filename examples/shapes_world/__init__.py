@@ -1,1 +1,1 @@
-"""The shapes world: a small Stable Diffusion 3 of drawn shapes, and an oracle that reads its pictures."""
+"""The shapes world: a small Stable Diffusion 3 of drawn shapes, and an oracle that reads its images."""

@@ -1,6 +1,7 @@
 """Draws asks with the base pipeline and measures what comes out."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from shapes_world.world import SIZE, SKILLS, Ask
 FOLDER = Path(os.path.relpath(Path(__file__).parent))  # files that are written carry no path of this machine
 BASE = FOLDER / "sd3"
 STEPS = 14
-RIGHT, WRONG = (46, 160, 67), (215, 58, 73)  # of the frames around pictures
+RIGHT, WRONG = (46, 160, 67), (215, 58, 73)  # of the frames around images
 _FRAME = 3
 
 
@@ -30,7 +31,7 @@ class Measured:
         correct: By the oracle, (asks,) bool.
         quality: Overlap of what was drawn with ideal shapes, (asks,).
         counted: How many things too many, (asks,).
-        features: Of the pictures, (asks, 128): latents of the autoencoder, averaged over 2 x 2.
+        features: Of the images, (asks, 128): latents of the autoencoder, averaged over 2 x 2.
     """
 
     correct: np.ndarray
@@ -39,7 +40,7 @@ class Measured:
     features: np.ndarray
 
     def accuracy(self, asks: Sequence[Ask]) -> dict[str, float]:
-        """Returns the share of correct pictures by skill, and `total`, the mean of the skills."""
+        """Returns the share of correct images by skill, and `total`, the mean of the skills."""
         table = {
             skill: float(np.mean([c for c, ask in zip(self.correct, asks, strict=True) if ask.skill == skill]))
             for skill in SKILLS
@@ -63,7 +64,7 @@ def draw(
     steps: int = STEPS,
     batch: int = 70,
 ) -> list[Image.Image]:
-    """Draws every ask once. The noise of a picture depends on the seed and its place alone."""
+    """Draws every ask once. The noise of an image depends on the seed and its place alone."""
     images: list[Image.Image] = []
     for start in range(0, len(asks), batch):
         some = asks[start : start + batch]
@@ -79,7 +80,7 @@ def draw(
 
 
 def measure(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image], asks: Sequence[Ask]) -> Measured:
-    """Reads pictures by the oracle and by the autoencoder."""
+    """Reads images by the oracle and by the autoencoder."""
     verdicts = [judge(image, ask) for image, ask in zip(images, asks, strict=True)]
     return Measured(
         np.array([verdict.correct for verdict in verdicts]),
@@ -90,7 +91,7 @@ def measure(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image], asks:
 
 
 def right(images: Sequence[Image.Image], asks: Sequence[Ask]) -> np.ndarray:
-    """Returns 1 for each picture that shows exactly what was asked, by the oracle, and 0 for the others, (asks,)."""
+    """Returns 1 for each image that shows exactly what was asked, by the oracle, and 0 for the others, (asks,)."""
     return np.array([float(judge(image, ask).correct) for image, ask in zip(images, asks, strict=True)])
 
 
@@ -98,7 +99,7 @@ def gain(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
     """Returns by how many points more is right, and the standard error of that, both in per cent of the prompts.
 
     Args:
-        after: What `right` says of pictures in one setting, (asks,).
+        after: What `right` says of images in one setting, (asks,).
         before: What it says of the same asks from the same noise in another one, (asks,).
     """
     differences = 100 * (after - before)
@@ -106,27 +107,27 @@ def gain(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
 
 
 def as_input(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Returns pictures as the autoencoder reads them, (images, 3, 32, 32) in -1..1."""
+    """Returns images as the autoencoder reads them, (images, 3, 32, 32) in -1..1."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     return pixels.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def features(pipe: StableDiffusion3Pipeline, images: Sequence[Image.Image]) -> np.ndarray:
-    """Returns the embedding in which pictures are compared as sets, (images, 128)."""
+    """Returns the embedding in which images are compared as sets, (images, 128)."""
     latents = [pipe.vae.encode(part).latent_dist.mode() for part in as_input(images).split(128)]
     return torch.nn.functional.avg_pool2d(torch.cat(latents), 2).flatten(1).numpy()
 
 
 def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[Ask], scale: int = 3) -> Image.Image:
-    """Returns one picture: a row for each ask, and for each name the pictures drawn of it, framed by the oracle.
+    """Returns one image: a row for each ask, and for each name the images drawn of it, framed by the oracle.
 
     Args:
-        columns: By name, for each ask the pictures of one or more seeds.
+        columns: By name, for each ask the images of one or more seeds.
         asks: What was asked.
         scale: Enlargement.
     """
-    side, words, gap, top = SIZE * scale + 2 * _FRAME, 430, 24, 30
+    side, words, gap, top, line = SIZE * scale + 2 * _FRAME, 240, 24, 30, 21
     widths = [max(len(images) for images in rows) * (side + 2) + gap for rows in columns.values()]
     canvas = Image.new("RGB", (words + sum(widths), top + len(asks) * (side + 6)), "white")
     pen: Any = ImageDraw.Draw(canvas)
@@ -142,12 +143,15 @@ def framed(columns: dict[str, Sequence[Sequence[Image.Image]]], asks: Sequence[A
                     ImageOps.expand(large, _FRAME, color), (left + place * (side + 2), top + row * (side + 6))
                 )
     for row, ask in enumerate(asks):
-        pen.text((6, top + row * (side + 6) + side // 2 - 9), ask.caption, fill="black", font=font)
+        lines = textwrap.wrap(ask.caption, 26)
+        height = top + row * (side + 6) + (side - line * len(lines)) // 2
+        for number, text in enumerate(lines):
+            pen.text((6, height + line * number), text, fill="black", font=font)
     return canvas
 
 
 def side_by_side(columns: dict[str, Sequence[Image.Image]], captions: Sequence[str], scale: int = 3) -> Image.Image:
-    """Returns one picture: a row for each caption, a column for each name."""
+    """Returns one image: a row for each caption, a column for each name."""
     side, words, gap = SIZE * scale, 300, 6
     canvas = Image.new("RGB", (words + len(columns) * (side + gap), 20 + len(captions) * (side + gap)), "white")
     pen: Any = ImageDraw.Draw(canvas)

@@ -1,14 +1,14 @@
-"""Edits pictures of the shapes world with FlowEdit, without and with an adapter, and lets the oracle judge them.
+"""Edits images of the shapes world with FlowEdit, without and with an adapter, and lets the oracle judge them.
 
     python -m shapes_world.edits --pipeline outputs/base/sd3 --adapter ADAPTER --out outputs/edits
 
-Three kinds of edit: another colour, another shape, one thing more or less. Of every edited picture it is measured
+Three kinds of edit: another colour, another shape, one thing more or less. Of every edited image it is measured
 
     done     the oracle finds exactly what the target caption says
     kept     every thing that neither caption changes is still there, of its colour and shape and in its place
     outside  mean change of the pixels away from the changed things, in grey levels of 255
 
-The row `autoencoder` is the picture encoded and decoded: what `outside` can be at best. The folder gets `edits.md`,
+The row `autoencoder` is the image encoded and decoded: what `outside` can be at best. The folder gets `edits.md`,
 `edits.json` and `edits.png`.
 """
 
@@ -23,7 +23,8 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 
 from diffusers_softrepa import flow_edit
-from shapes_world.oracle import judge, read
+from shapes_world.drawing import right
+from shapes_world.oracle import read
 from shapes_world.world import COLORS, SHAPES, SIZE, Ask, Thing, random_ask, render
 
 KINDS = ("color", "object", "count")
@@ -36,7 +37,7 @@ SETTINGS = {  # of FlowEdit in this world
 }
 MARGIN = 1.5  # pixels around a changed thing that belong to it
 _SKILLS = {"color": ("colors", "color_attr"), "object": ("colors", "color_attr"), "count": ("counting",)}
-_SCALE, _LABEL = 3, 12  # of pictures, and height of a line of text
+_SCALE, _LABEL = 3, 12  # of images, and height of a line of text
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Edit:
 
     Attributes:
         kind: One of `KINDS`.
-        source: What the picture shows.
+        source: What the image shows.
         target: What it shall show.
-        things: Of the picture.
+        things: Of the image.
         stays: Those of them that the edit leaves alone; of counts, all that may stay.
-        picture: The picture.
+        image: The image.
     """
 
     kind: str
@@ -57,7 +58,7 @@ class Edit:
     target: Ask
     things: tuple[Thing, ...]
     stays: tuple[Thing, ...]
-    picture: Image.Image
+    image: Image.Image
 
     def kept(self, edited: Image.Image) -> bool:
         """Whether what the edit leaves alone is still there, but for the one thing that a lower count takes."""
@@ -67,7 +68,7 @@ class Edit:
         return there >= len(self.stays) - taken
 
     def outside(self, edited: Image.Image) -> float:
-        """Mean absolute change away from things that are in one of the pictures only, 0..255."""
+        """Mean absolute change away from things that are in one of the images only, 0..255."""
         seen = read(edited).things
         changed = [thing for thing in self.things if not any(_same(thing, other) for other in seen)]
         changed += [thing for thing in seen if not any(_same(thing, other) for other in self.things)]
@@ -76,7 +77,7 @@ class Edit:
         away = np.ones((SIZE, SIZE), dtype=bool)
         for thing in changed:
             away &= np.hypot(x - thing.x, y - thing.y) > thing.radius + MARGIN
-        difference = np.abs(np.asarray(edited, dtype=float) - np.asarray(self.picture, dtype=float))
+        difference = np.abs(np.asarray(edited, dtype=float) - np.asarray(self.image, dtype=float))
         return float(difference[away].mean()) if away.any() else float("nan")
 
 
@@ -116,68 +117,83 @@ def draw_edits(count: int, seed: int) -> list[Edit]:
 def run(
     pipe: StableDiffusion3Pipeline, edits: Sequence[Edit], *, batch: int, adapter: bool, **settings: float
 ) -> list[Image.Image]:
-    """Returns the edited pictures. The noise of an edit is the same in every setting."""
-    pictures: list[Image.Image] = []
+    """Returns the edited images. The noise of an edit is the same in every setting."""
+    images: list[Image.Image] = []
     for start in range(0, len(edits), batch):
         some = edits[start : start + batch]
-        pictures += flow_edit(
+        images += flow_edit(
             pipe,
-            [edit.picture for edit in some],
+            [edit.image for edit in some],
             [edit.source.caption for edit in some],
             [edit.target.caption for edit in some],
             adapter_scope="both" if adapter else "none",
             generator=start,
             **settings,
         )
-    return pictures
+    return images
 
 
 def autoencoded(pipe: StableDiffusion3Pipeline, edits: Sequence[Edit]) -> list[Image.Image]:
-    """Returns the pictures encoded and decoded: an edit from a caption to itself."""
+    """Returns the images encoded and decoded: an edit from a caption to itself."""
     same = {"num_inference_steps": 1, "strength": 1.0, "source_guidance_scale": 1.0, "target_guidance_scale": 1.0}
-    return flow_edit(pipe, [edit.picture for edit in edits], "", "", generator=0, **same)
+    return flow_edit(pipe, [edit.image for edit in edits], "", "", generator=0, **same)
 
 
-def measure(edits: Sequence[Edit], pictures: Sequence[Image.Image]) -> dict[str, dict[str, float]]:
-    """Returns by kind of edit, and for `all`, the means of the measures and the standard error of `done`."""
-    rows = [
-        {
-            "done": float(judge(picture, edit.target).correct),
-            "kept": float(edit.kept(picture)),
-            "outside": edit.outside(picture),
-        }
-        for edit, picture in zip(edits, pictures, strict=True)
-    ]
+def measure(
+    edits: Sequence[Edit], images: Sequence[Image.Image], before: Sequence[Image.Image] | None = None
+) -> dict[str, dict[str, float]]:
+    """Returns by kind of edit, and for `all`, the means of the measures with the standard error of `done`.
+
+    Args:
+        edits: What was to be edited.
+        images: What came out, an image for each edit.
+        before: The same of another setting; `gain` is then by how much `done` is higher, with its paired error.
+    """
+    done = right(images, [edit.target for edit in edits])
+    difference = None if before is None else done - right(before, [edit.target for edit in edits])
+    kept = np.array([edit.kept(image) for edit, image in zip(edits, images, strict=True)])
+    outside = np.array([edit.outside(image) for edit, image in zip(edits, images, strict=True)])
     table = {}
     for kind in (*KINDS, "all"):
-        chosen = [row for row, edit in zip(rows, edits, strict=True) if kind in (edit.kind, "all")]
-        table[kind] = {name: float(np.nanmean([row[name] for row in chosen])) for name in chosen[0]}
-        done = table[kind]["done"]
-        table[kind]["done_error"] = float(np.sqrt(done * (1 - done) / len(chosen)))
+        here = np.array([kind in (edit.kind, "all") for edit in edits])
+        table[kind] = {
+            "done": float(done[here].mean()),
+            "done_error": _error(done[here]),
+            "kept": float(kept[here].mean()),
+            "outside": float(np.nanmean(outside[here])),
+        }
+        if difference is not None:
+            table[kind] |= {"gain": float(difference[here].mean()), "gain_error": _error(difference[here])}
     return table
+
+
+def _error(values: np.ndarray) -> float:
+    """Returns the standard error of the mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def as_markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Returns the measures of all settings as a table."""
-    lines = ["| setting | edit | done | kept | outside |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| setting | edit | done, % | gain | kept, % | outside |", "| --- | --- | --- | --- | --- | --- |"]
     for setting, table in results.items():
         for kind, row in table.items():
-            done = f"{100 * row['done']:.1f} ± {100 * row['done_error']:.1f} %"
-            lines.append(f"| {setting} | {kind} | {done} | {100 * row['kept']:.1f} % | {row['outside']:.2f} |")
+            done = f"{100 * row['done']:.1f} ± {100 * row['done_error']:.1f}"
+            gain = f"{100 * row['gain']:+.1f} ± {100 * row['gain_error']:.1f}" if "gain" in row else ""
+            lines.append(f"| {setting} | {kind} | {done} | {gain} | {100 * row['kept']:.1f} | {row['outside']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
-def grid(edits: Sequence[Edit], pictures: dict[str, list[Image.Image]], per_kind: int = 4) -> Image.Image:
-    """Returns the first edits of every kind, a row each: the picture, then every setting's."""
+def grid(edits: Sequence[Edit], images: dict[str, list[Image.Image]], per_kind: int = 4) -> Image.Image:
+    """Returns the first edits of every kind, a row each: the image, then every setting's."""
     rows = [row for kind in KINDS for row in [i for i, edit in enumerate(edits) if edit.kind == kind][:per_kind]]
-    side, columns = SIZE * _SCALE, {"image": [edit.picture for edit in edits], **pictures}
+    side, columns = SIZE * _SCALE, {"image": [edit.image for edit in edits], **images}
     cell = side + 2 * _LABEL
     canvas = Image.new("RGB", (max(len(columns) * (side + 4), 320), _LABEL + cell * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, (name, column_pictures) in enumerate(columns.items()):
+    for column, (name, column_images) in enumerate(columns.items()):
         draw.text((column * (side + 4), 0), name, fill="black")
         for line, row in enumerate(rows):
-            large = column_pictures[row].resize((side, side), Image.Resampling.NEAREST)
+            large = column_images[row].resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(large, (column * (side + 4), _LABEL + line * cell + 2 * _LABEL - 2))
     for line, row in enumerate(rows):
         words = f"{edits[row].source.caption}\n-> {edits[row].target.caption}"
@@ -210,15 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, dict[str
         "source_guidance_scale": args.source_guidance,
         "target_guidance_scale": args.target_guidance,
     }
-    pictures = {"autoencoder": autoencoded(pipe, edits)}
+    images = {"autoencoder": autoencoded(pipe, edits)}
     for name in ("base", "adapter")[: 1 + (args.adapter is not None)]:
-        pictures[name] = run(pipe, edits, batch=args.batch_size, adapter=name == "adapter", **settings)
-    results = {name: measure(edits, made) for name, made in pictures.items()}
+        images[name] = run(pipe, edits, batch=args.batch_size, adapter=name == "adapter", **settings)
+    results = {
+        name: measure(edits, made, images["base"] if name == "adapter" else None) for name, made in images.items()
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"settings": {**settings, "count": args.count, "seed": args.seed}, "results": results}
     (args.out / "edits.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "edits.md").write_text(as_markdown(results), encoding="utf-8")
-    grid(edits, pictures).save(args.out / "edits.png")
+    grid(edits, images).save(args.out / "edits.png")
     print(as_markdown(results))
     return results
 

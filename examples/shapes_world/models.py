@@ -1,7 +1,10 @@
 """The small models of the shapes world: real diffusers and transformers classes, sized for a laptop."""
 
 import itertools
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -21,16 +24,17 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
+    T5TokenizerFast,
 )
 
+from shapes_world import tokenizer_files
+from shapes_world.tokenizer_files import END, START
 from shapes_world.world import vocabulary
 
 MAX_WORDS = 15  # of a sentence, with the tokens that begin and end it
 LATENT_CHANNELS = 8
 LATENT_SIZE = 8
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
-_START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def vae() -> AutoencoderKL:
@@ -53,23 +57,31 @@ def vae() -> AutoencoderKL:
 
 def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that knows the words of the world, one token each, and spells others by letters."""
-    vocab, merges = _byte_pairs(vocabulary())
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,
-        model_max_length=MAX_WORDS,
-        bos_token=_START,
-        eos_token=_END,
-        unk_token=_END,
-        pad_token=_END,
-    )
+    return tokenizer_files.clip_tokenizer(*_byte_pairs(vocabulary()), MAX_WORDS)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5TokenizerFast:
     """A T5 tokenizer that knows the words of the world, one token each, and spells others by letters."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
-    pieces += [("▁" + word, -1.0) for word in vocabulary() if word != ","] + [(letter, -8.0) for letter in _LETTERS]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_WORDS)
+    return tokenizer_files.t5_tokenizer(_pieces(vocabulary()), MAX_WORDS)
+
+
+def save_pipeline(pipe: StableDiffusion3Pipeline, folder: str | Path) -> None:
+    """Saves a pipeline with tokenizers that transformers 4 reads as well: transformers 5 writes others.
+
+    Args:
+        pipe: A pipeline of `sd3_pipeline`.
+        folder: The folder.
+    """
+    folder = Path(folder)
+    pipe.save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer_files.write_clip_tokenizer(folder / name, *_byte_pairs(vocabulary()), MAX_WORDS)
+    tokenizer_files.write_t5_tokenizer(folder / "tokenizer_3", _pieces(vocabulary()), MAX_WORDS)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer_3"] = ["transformers", "T5TokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def clip_config(words: CLIPTokenizer, width: int) -> CLIPTextConfig:
@@ -88,7 +100,7 @@ def clip_config(words: CLIPTokenizer, width: int) -> CLIPTextConfig:
     )
 
 
-def t5_encoder(words: T5Tokenizer, width: int) -> T5EncoderModel:
+def t5_encoder(words: T5TokenizerFast, width: int) -> T5EncoderModel:
     """A T5 encoder."""
     return T5EncoderModel(
         T5Config(
@@ -184,6 +196,12 @@ def trained_parts(pipe: StableDiffusion3Pipeline | StableDiffusionPipeline) -> n
     return nn.ModuleList([pipe.components[name] for name in names if name in pipe.components])
 
 
+def _pieces(words: Sequence[str]) -> list[tuple[str, float]]:
+    """Returns the pieces of a T5 tokenizer to which each word is one token."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
+    return pieces + [("▁" + word, -1.0) for word in words if word != ","] + [(letter, -8.0) for letter in _LETTERS]
+
+
 def _byte_pairs(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns a vocabulary and merges that make each word one token.
 
@@ -202,5 +220,5 @@ def _byte_pairs(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, s
                 merges.append(pairs[at])
                 tokens.append("".join(pairs[at]))
             pieces[at : at + 2] = ["".join(pairs[at])]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, _START, _END]))}
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
     return vocab, merges

@@ -1,6 +1,6 @@
-"""The oracle: reads the things in a picture of the shapes world and says whether a caption is true of it.
+"""The oracle: reads the things in an image of the shapes world and says whether a caption is true of it.
 
-It knows the palette and the shapes, nothing else: the background is taken from the border of the picture, colours by
+It knows the palette and the shapes, nothing else: the background is taken from the border of the image, colours by
 the mixture of background and ink that explains a pixel best, things as connected patches of one colour, and shapes by
 the drawn shape that overlaps a patch most.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from shapes_world.world import COLORS, SHAPES, SIZE, Ask, Thing, coverage
 
 MIN_AREA = 10  # pixels; smaller patches are specks
-_MIDDLE = slice(SIZE // 2 - 8, SIZE // 2 + 8)  # where a shape in the middle of a picture is
+_MIDDLE = slice(SIZE // 2 - 8, SIZE // 2 + 8)  # where a shape in the middle of an image is
 MIN_OVERLAP = 0.6  # intersection over union below which a patch is no known shape
 
 _PALETTE = np.asarray(list(COLORS.values()), dtype=float)
@@ -39,7 +39,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What it says about a picture and its caption.
+    """What it says about an image and its caption.
 
     Attributes:
         correct: The caption is exactly true.
@@ -53,10 +53,10 @@ class Verdict:
 
 
 def read(image: Image.Image) -> Reading:
-    """Reads a 32 x 32 picture."""
+    """Reads a 32 x 32 image."""
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     if pixels.shape[:2] != (SIZE, SIZE):
-        raise ValueError(f"the oracle reads {SIZE} x {SIZE} pictures, but this is {image.width} x {image.height}")
+        raise ValueError(f"the oracle reads {SIZE} x {SIZE} images, but this is {image.width} x {image.height}")
     labels, share = _colors(pixels)
     things, quality, unclear = [], [], 0
     for color in range(len(_NAMES)):
@@ -71,7 +71,7 @@ def read(image: Image.Image) -> Reading:
 
 
 def judge(image: Image.Image, ask: Ask) -> Verdict:
-    """Reads a picture and compares it with what was asked."""
+    """Reads an image and compares it with what was asked."""
     reading = read(image)
     patches = len(reading.things) + reading.unclear
     return Verdict(
@@ -124,7 +124,7 @@ def _patches(mask: np.ndarray) -> list[np.ndarray]:
 
 @functools.cache
 def _drawn() -> tuple[list[tuple[str, float, float, float]], np.ndarray]:
-    """Returns shapes at all sizes near the middle of a picture, and their coverage, (shapes, 16 * 16)."""
+    """Returns shapes at all sizes near the middle of an image, and their coverage, (shapes, 16 * 16)."""
     steps, middle = (-0.5, -0.25, 0.0, 0.25, 0.5), SIZE / 2
     keys = [
         (shape, middle + dx, middle + dy, radius)
@@ -154,10 +154,10 @@ def _best_shape(ink: np.ndarray) -> tuple[str, float, float, float, float]:
     return best
 
 
-def _shifted(picture: np.ndarray, right: int, down: int) -> np.ndarray:
-    moved = np.zeros_like(picture, dtype=np.float32)
+def _shifted(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    moved = np.zeros_like(image, dtype=np.float32)
     height, width = SIZE - abs(down), SIZE - abs(right)
-    source = picture[max(0, -down) :, max(0, -right) :][:height, :width]
+    source = image[max(0, -down) :, max(0, -right) :][:height, :width]
     moved[max(0, down) :, max(0, right) :][:height, :width] = source
     return moved
 

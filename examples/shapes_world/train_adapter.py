@@ -1,11 +1,11 @@
-"""Trains an adapter of the shapes world: pictures, their captions, and written negatives.
+"""Trains an adapter of the shapes world: images, their captions, and written negatives.
 
     python -m shapes_world.train_adapter --out outputs/adapter
     python -m shapes_world.train_adapter --out outputs/lora --lora
 
-Captions are true and in the everyday phrasings, as those of a user's own pictures would be. The first command trains
+Captions are true and in the everyday phrasings, as those of a user's own images would be. The first command trains
 soft tokens by contrast with the settings of `RECIPE`; `adapter/` in this folder is its result. The second trains a
-LoRA of as many numbers on the same pictures by plain denoising; `lora/` is its result.
+LoRA of as many numbers on the same images by plain denoising; `lora/` is its result.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from shapes_world.drawing import BASE, as_input, load_base
 from shapes_world.models import MAX_WORDS
 from shapes_world.world import SIZE, random_ask, random_background, render
 
-PICTURES, HELD_OUT = 2000, 64
+IMAGES, HELD_OUT = 2000, 64
 STEPS, BATCH, LEARNING_RATE = 300, 8, 3e-3
 # Noise levels at which is decided what is drawn.
 HIGH_NOISE: dict[str, Any] = {"min_timestep": 400.0, "config": {"num_timestep_bins": 10}}
@@ -36,7 +36,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def pairs(count: int, seed: int, hard: int = 0) -> list[dict[str, Any]]:
-    """Returns pictures with true captions and, for each, `hard` captions that are wrong in one thing."""
+    """Returns images with true captions and, for each, `hard` captions that are wrong in one thing."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -141,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     pipe = load_base(given.base)
     if given.lora:
-        train_lora(pipe, given.out, given.steps, pairs(PICTURES, given.seed + 10), given.seed)
+        train_lora(pipe, given.out, given.steps, pairs(IMAGES, given.seed + 10), given.seed)
     else:
-        rows, held_out = pairs(PICTURES, given.seed + 10, RECIPE["hard"]), pairs(HELD_OUT, 9)
+        rows, held_out = pairs(IMAGES, given.seed + 10, RECIPE["hard"]), pairs(HELD_OUT, 9)
         train_tokens(pipe, given.out, given.steps, rows, held_out, seed=given.seed)
 
 

@@ -12,7 +12,7 @@ denoiser learns is to follow a caption exactly if it is written like a descripti
 `--start` the second stage alone is trained, from a pipeline that has the first behind it.
 
 Everything goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps the losses and, while the second
-stage runs, how many pictures the oracle finds right in either phrasing; `vae/` and `sd3/` are what was trained, in the
+stage runs, how many images the oracle finds right in either phrasing; `vae/` and `sd3/` are what was trained, in the
 layout of diffusers.
 """
 
@@ -39,7 +39,7 @@ from shapes_world.drawing import draw, measure
 from shapes_world.world import EVERYDAY, EXACT, SKILLS, Ask, Thing, prompts, random_ask, random_background, render
 
 NARROWER = 0.1  # than the divergence asks for is the noise with which the decoder learns
-SCENES = 60_000  # pictures that the denoiser learns from
+SCENES = 60_000  # images that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
@@ -47,7 +47,7 @@ EXACT_STEPS = 0.625  # share of the steps, at the beginning, in which all captio
 # Share of a stage's steps in which the learning rate falls to zero. The two ways of writing come apart only then.
 COOL_DOWN_EXACT, COOL_DOWN_MIXED = 0.3, 0.7
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
-# true, false in one thing, or the caption of another picture.
+# true, false in one thing, or the caption of another image.
 MIXTURE = {"exact": 0.40, "true": 0.18, "false": 0.27, "another": 0.15}
 WARM_UP = 100  # steps at the beginning of a stage, in which the learning rate rises
 NOISE_MEAN = 0.4  # of the logit of the noise level; what is drawn where is decided at high noise
@@ -100,7 +100,7 @@ def scenes(count: int, seed: int, shares: Mapping[str, float] | None = None, *, 
         yield ask, ask.scene(rng, free=free), random_background(rng)
 
 
-def pictures(drawn: Iterable[Scene]) -> Tensor:
+def images(drawn: Iterable[Scene]) -> Tensor:
     """Returns the pixels of scenes, (scenes, 3, 32, 32) uint8."""
     pixels = np.stack([np.asarray(render(things, shade)) for _, things, shade in drawn])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -116,7 +116,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae = models.vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
     run = Run(args, "vae", {"model": vae, "optimizer": optimizer})
-    pixels = pictures(scenes(8192, args.seed + 1, free=True))  # more than it will see: it must not be the limit
+    pixels = images(scenes(8192, args.seed + 1, free=True))  # more than it will see: it must not be the limit
     for step in run.steps([Stage(args.vae_steps, COOL_DOWN_EXACT)], optimizer):
         batch = as_input(pixels[torch.from_numpy(run.rng(step).integers(len(pixels), size=args.batch_size // 2))])
         posterior = vae.encode(batch).latent_dist
@@ -151,7 +151,7 @@ def train_pipeline(args: argparse.Namespace) -> None:
     average = copy.deepcopy(parts).requires_grad_(False)
     optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
-    latents, drawn = encoded_pictures(args, vae)
+    latents, drawn = encoded_images(args, vae)
     frozen_from = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
     texts: dict[str, tuple[Tensor, Tensor]] = {}
     stages = [Stage(frozen_from, COOL_DOWN_EXACT), Stage(args.steps - frozen_from, COOL_DOWN_MIXED)]
@@ -181,7 +181,7 @@ def train_pipeline(args: argparse.Namespace) -> None:
     if RANK == 0:
         parts.load_state_dict(average.state_dict())
         pipe.to(torch.float16)
-        pipe.save_pretrained(args.out / "sd3")
+        models.save_pipeline(pipe, args.out / "sd3")
 
 
 def flow_loss(
@@ -229,7 +229,7 @@ def encoded_once(
 
 @torch.no_grad()
 def probe(pipe: StableDiffusion3Pipeline, parts: nn.ModuleList, average: nn.ModuleList) -> dict[str, float]:
-    """Returns the share of right pictures that the averaged weights draw in either phrasing."""
+    """Returns the share of right images that the averaged weights draw in either phrasing."""
     now = copy.deepcopy(parts.state_dict())
     parts.load_state_dict(average.state_dict())
     parts.eval()
@@ -243,7 +243,7 @@ def probe(pipe: StableDiffusion3Pipeline, parts: nn.ModuleList, average: nn.Modu
     return found
 
 
-def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, list[Scene]]:
+def encoded_images(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tensor, list[Scene]]:
     """Returns normalised latents, (SCENES, 8, 8, 8) half precision, and their scenes; latents are kept on disk.
 
     Raises:
@@ -253,12 +253,12 @@ def encoded_pictures(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Tens
     captions = [ask.caption for ask, _, _ in drawn]
     if not path.exists():
         with torch.no_grad():
-            modes = [vae.encode(as_input(part)).latent_dist.mode() for part in pictures(drawn).split(256)]
+            modes = [vae.encode(as_input(part)).latent_dist.mode() for part in images(drawn).split(256)]
         latents = (torch.cat(modes) - vae.config.shift_factor) * vae.config.scaling_factor
         torch.save({"latents": latents.half(), "captions": captions}, path)
     saved = torch.load(path)
     if saved["captions"] != captions:
-        raise ValueError(f"the pictures of {path} do not belong to these captions; remove the file, and start anew")
+        raise ValueError(f"the images of {path} do not belong to these captions; remove the file, and start anew")
     return saved["latents"], drawn
 
 

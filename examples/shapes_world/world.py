@@ -1,4 +1,4 @@
-"""The shapes world: small pictures with exact captions, and everything that may be asked of them.
+"""The shapes world: small images with exact captions, and everything that may be asked of them.
 
 An `Ask` is what a caption says (so many objects of this colour and shape, in this relation), in one of several
 phrasings. `Ask.scene` draws a scene in which it is true, `Ask.negatives` lists captions that differ in one thing and
@@ -9,7 +9,7 @@ are false there. Seven skills, the six of GenEval's table (arXiv 2310.11513) and
     two_object     "a circle and a square"         color_attr "a red circle and a blue square"
     long           "two red circles and a blue square", "a red circle above a blue square and a cross"
 
-Pictures are 32 x 32 RGB. Coordinates are pixels, x to the right and y downwards.
+Images are 32 x 32 RGB. Coordinates are pixels, x to the right and y downwards.
 """
 
 import itertools
@@ -52,7 +52,7 @@ _RELATION_WORDS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a picture.
+    """One object of an image.
 
     Attributes:
         color: A key of `COLORS`.
@@ -161,7 +161,7 @@ class Ask:
         """Returns every ask that differs in one thing, by what differs.
 
         `attribute`: a colour or shape is another; `number`: one more or one less; `relation`: another one; `swap`: two
-        of the wants exchange number, colour or shape. Some may be true of a picture all the same, where the ask leaves
+        of the wants exchange number, colour or shape. Some may be true of an image all the same, where the ask leaves
         things open; `true_of` tells.
         """
         wants, pairs = self.wants, itertools.combinations(range(len(self.wants)), 2)
@@ -276,11 +276,11 @@ def prompts(per_skill: int, seed: int) -> list[Ask]:
 
 def render(things: Sequence[Thing], background: float = 0.95) -> Image.Image:
     """Draws things on light grey, smoothly."""
-    picture = np.full((SIZE, SIZE, 3), 255 * background)
+    image = np.full((SIZE, SIZE, 3), 255 * background)
     for thing in things:
         alpha = coverage(thing.shape, thing.x, thing.y, thing.radius)[..., None]
-        picture = (1 - alpha) * picture + alpha * np.asarray(COLORS[thing.color])
-    return Image.fromarray(picture.round().astype(np.uint8))
+        image = (1 - alpha) * image + alpha * np.asarray(COLORS[thing.color])
+    return Image.fromarray(image.round().astype(np.uint8))
 
 
 def random_background(rng: np.random.Generator) -> float:

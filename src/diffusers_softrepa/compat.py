@@ -4,16 +4,23 @@ The rest of the package is written for the newest releases. Each entry names the
 can be removed once the lower bound in pyproject.toml is above that release.
 """
 
+import inspect
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from packaging.version import Version
 from torch import Tensor, nn
 
 DIFFUSERS = Version(diffusers.__version__)
 TRANSFORMERS = Version(transformers.__version__)
+
+# huggingface_hub 1: after these answers to a download its client asks again by itself.
+HUB_ASKS_AGAIN: tuple[int, ...] = (408, 429) if Version(huggingface_hub.__version__).major > 0 else ()
 
 # Modular pipelines came with diffusers 0.35; None before.
 ModularPipeline: Any = getattr(diffusers, "ModularPipeline", None)
@@ -58,6 +65,45 @@ def pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+def check_write_access(api: HfApi, repo_id: str) -> None:
+    """Asks the Hub whether one may write to a model repository, as `HfApi.auth_check` of huggingface_hub 1 does.
+
+    Args:
+        api: The client, with its token.
+        repo_id: The repository.
+
+    Raises:
+        HfHubHTTPError: One may not, or the Hub does not answer that.
+    """
+    if "write" in inspect.signature(api.auth_check).parameters:
+        api.auth_check(repo_id, write=True)
+        return
+    address = f"{api.endpoint}/api/models/{repo_id}/auth-check/write"
+    hf_raise_for_status(get_session().get(address, headers=build_hf_headers(token=api.token)))
+
+
+def transport_fault(error: BaseException) -> str | None:
+    """Returns what failed on the way to the Hub: "proxy", "timeout", "no connection" or "broken off"; None if nothing.
+
+    The Hub's client sends requests with httpx, and before huggingface_hub 1 with requests. The classes of their errors
+    are told by name, as only one of the two packages may be installed.
+
+    Args:
+        error: An error of the Hub's client.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "ProxyError" in names:
+        return "proxy"
+    if names & {"TimeoutException", "Timeout"}:
+        return "timeout"
+    if "ConnectionError" in names and "RequestException" in names:  # of requests
+        within = type(error.args[0]).__name__ if error.args else ""
+        return "broken off" if within in ("ProtocolError", "ReadTimeoutError") else "no connection"
+    if "ConnectError" in names:
+        return "no connection"
+    return "broken off" if names & {"NetworkError", "RemoteProtocolError", "ChunkedEncodingError"} else None
+
+
 def _execution_device(module: nn.Module) -> torch.device:
     """Returns the device on which a module runs, even if offloading keeps its weights on another device."""
     from diffusers.hooks.group_offloading import _get_group_onload_device
@@ -86,12 +132,15 @@ except ImportError:
 
 __all__ = [
     "DIFFUSERS",
+    "HUB_ASKS_AGAIN",
     "TRANSFORMERS",
     "ClipProcessor",
     "ModularPipeline",
+    "check_write_access",
     "get_module_execution_device",
     "model_precision",
     "pil_processor",
     "pipeline_precision",
     "pooled",
+    "transport_fault",
 ]

@@ -23,13 +23,14 @@ from .compat import ModularPipeline
 from .files import parse_json
 from .methods import SoftREPAMethods
 from .quoting import one_line, quoted
+from .weights import LARGEST_WEIGHT, plain
 from .wrapping import uncompiled
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = "softrepa"
 _INDEX_KEY = "_softrepa"
-_MAX_INDEX_BYTES, _MOST_ADAPTERS, _LARGEST_WEIGHT = 1 << 22, 256, 1e6
+_MAX_INDEX_BYTES, _MOST_ADAPTERS = 1 << 22, 256
 
 
 def install() -> None:
@@ -104,7 +105,10 @@ def _state(denoiser: nn.Module) -> dict[str, Any]:
     adapters = adapters_of(denoiser)
     if adapters is None:
         return {}
-    return {"enabled": adapters.enabled, "weights": {name: adapters.weights.get(name) for name in adapters.names}}
+    state = adapters.state
+    weights = {name: plain(state.weights[name]) if name in state.weights else None for name in state.adapters}
+    branch = {} if state.guidance_branch == "both" else {"guidance_branch": state.guidance_branch}
+    return {"enabled": state.enabled and not state.pauses, "weights": weights, **branch}
 
 
 def _load_beside(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> None:
@@ -169,13 +173,17 @@ def _checked_state(state: Any) -> dict[str, Any]:
             f'it must be written as {{"enabled": true, "weights": {{"name": 1.0}}}}, but is {quoted(state)}'
         )
     for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) <= _LARGEST_WEIGHT
-        if weight is not None and not number:
+        parts = list(weight.values()) if isinstance(weight, dict) else weight if isinstance(weight, list) else [weight]
+        if weight is not None and not all(map(_is_weight, parts)):
             raise ValueError(
-                f"the weight of {quoted(name)} must be null or a number of at most {_LARGEST_WEIGHT:g}, but is "
-                f"{quoted(weight)}"
+                f"the weight of {quoted(name)} must be null or a number of at most {LARGEST_WEIGHT:g}, or one for "
+                f"each layer or stage, but is {quoted(weight)}"
             )
     return state
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_WEIGHT
 
 
 def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
@@ -187,14 +195,13 @@ def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, 
         return
     try:
         active = {name: weights[name] for name in loaded if weights[name] is not None}
-        pipeline.set_softrepa(denoiser, list(active), list(active.values()))
+        pipeline.set_softrepa(denoiser, active, guidance_branch=state.get("guidance_branch", "both"))
         if not state["enabled"]:
             pipeline.disable_softrepa(denoiser)
     except Exception:
         if before:
             pipeline.delete_softrepa(denoiser, loaded)
-            active = {name: weight for name, weight in before.items() if weight is not None}
-            pipeline.set_softrepa(denoiser, list(active), list(active.values()))
+            pipeline.set_softrepa(denoiser, before)
         else:
             pipeline.unload_softrepa(denoiser)
         raise

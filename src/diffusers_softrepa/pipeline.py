@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Adapters, adapters_of, attach, changing, detach, make_adapter
+from .branches import GuidanceBranch, checked_branch
 from .card import model_card
 from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
@@ -237,7 +238,11 @@ def save_softrepa(
 
 
 def set_softrepa(
-    target: Any, adapter_names: str | Sequence[str] | Mapping[str, Any], adapter_weights: Any = None
+    target: Any,
+    adapter_names: str | Sequence[str] | Mapping[str, Any],
+    adapter_weights: Any = None,
+    *,
+    guidance_branch: GuidanceBranch = "both",
 ) -> None:
     """Activates the named adapters with the given weights and deactivates all others.
 
@@ -254,17 +259,22 @@ def set_softrepa(
             it. In a mapping, None means that the adapter is not active.
         adapter_weights: One weight for all adapters, or a list with one weight per adapter. Defaults to 1. With a
             single name a list has one weight per layer.
+        guidance_branch: `"both"` adds the tokens to every denoiser call, as published. With `"positive"`, under
+            classifier-free guidance, only the rows of the positive prompt get them, and the prediction of the negative
+            prompt is that of the base model; a call in which the rows cannot be told apart raises a ValueError.
+            Defaults to `"both"`.
 
     Raises:
-        ValueError: A name is unknown, there is not one weight per name, or a weight is not a finite number or does not
-            fit the layers of the adapter. Nothing is changed then.
+        ValueError: A name is unknown, there is not one weight per name, a weight is not a finite number or does not
+            fit the layers of the adapter, or `guidance_branch` is another word. Nothing is changed then.
         TypeError: A name is not a string, or weights are given in addition to a mapping.
     """
+    branch = checked_branch(guidance_branch)
     chosen = weights_by_name(adapter_names, adapter_weights)
     with changing(denoisers_of(target).values()):
         _having(target, [*chosen, *(adapter_names if isinstance(adapter_names, Mapping) else [])])  # all are known
         states = [
-            (adapters, adapters.weighed({name: weight for name, weight in chosen.items() if name in adapters.names}))
+            (adapters, adapters.weighed({name: chosen[name] for name in chosen if name in adapters.names}, branch))
             for adapters in _having(target).values()
         ]
         for adapters, state in states:
@@ -346,7 +356,10 @@ def softrepa_left_as_found(target: Any) -> Iterator[None]:
                 adapters = adapters_of(denoiser)
                 if adapters is not None:
                     here = {name: weight for name, weight in state.weights.items() if name in adapters.names}
-                    adapters.become(replace(adapters.state, weights=here, enabled=state.enabled))
+                    branch = state.guidance_branch
+                    adapters.become(
+                        replace(adapters.state, weights=here, guidance_branch=branch, enabled=state.enabled)
+                    )
 
 
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
