@@ -85,8 +85,8 @@ def check_write_access(api: HfApi, repo_id: str) -> None:
 def transport_fault(error: BaseException) -> str | None:
     """Returns the kind of a connection error: "proxy", "timeout", "no connection" or "broken off", or None for others.
 
-    huggingface_hub sends requests with httpx, and before release 1 with requests. Their error classes are recognised by
-    name, because only one of the two packages may be installed.
+    huggingface_hub sends requests with httpx, and before release 1 with requests. Their error classes are recognised
+    by name, because only one of the two packages may be installed.
 
     Args:
         error: Error that huggingface_hub raised.
