@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from .card import pictures_of, refreshed, words_by_hand
-from .compat import HUB_ASKS_AGAIN, transport_fault
+from .compat import HUB_RETRIES, transport_fault
 from .quoting import one_line, quoted
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for more is not waited for
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a trouble that may be over in a moment
+_RETRIED_DOWNLOADS = tuple(status for status in HUB_RETRIES if status < 500)  # by the client; not after other answers
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co")
 _T = TypeVar("_T")
 
@@ -218,7 +219,7 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
         )
 
     try:
-        return Path(_tried(download, already=HUB_ASKS_AGAIN))
+        return Path(_tried(download, already=_RETRIED_DOWNLOADS))
     except Exception as error:  # the client, its transport and the cache's disk raise many kinds
         # With force_download the client hides what went wrong behind a ValueError that names nothing.
         cause = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
@@ -253,8 +254,10 @@ def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | N
     """Returns how many seconds to wait before another try; None if one would be of no use."""
     hidden = error.__cause__ if type(error) in (ValueError, LocalEntryNotFoundError) else None
     response = getattr(hidden or error, "response", None)
-    if isinstance(error, LocalEntryNotFoundError) and (429 in already or getattr(response, "status_code", 0) != 429):
-        return None  # the client has tried again already
+    if isinstance(error, LocalEntryNotFoundError):
+        status = getattr(response, "status_code", 500)  # a client that asks again after 500 does so without an answer too
+        if status in HUB_RETRIES or status not in _PASSING:
+            return None
     if response is not None and hidden is None and response.status_code in already:
         return None
     if response is not None and response.status_code in _PASSING:
