@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, softrepa_parameters
-from diffusers_softrepa.objectives import Contrastive, contrastive_loss
+from diffusers_softrepa.objectives import Contrastive
 from diffusers_softrepa.pairs import pair_errors
 from diffusers_softrepa.training.step.engine import PairBatch, PairEngine
 
@@ -228,7 +228,7 @@ class Subject:
         conditions = {name: value[column] for name, value in batch.conditions.items()}
         prediction = self.predict(batch.noisy_latents[row], batch.timestep[row], conditions)
         errors = pair_errors(prediction, batch.target[row]).reshape(batch.candidates.shape)
-        return torch.autograd.grad(contrastive_loss(errors, batch.positive, batch.candidates), self.tokens)
+        return torch.autograd.grad(Contrastive().loss(errors, batch.positive, batch.candidates), self.tokens)
 
     def engine(self, **settings: Any) -> Step:
         """Ours, with settings of `PairEngine`."""

@@ -1,12 +1,12 @@
-"""The main job on the embedded pipeline: a small Stable Diffusion 3 that was really trained, in a world of shapes.
+"""Demo on the embedded pipeline, a small Stable Diffusion 3 that was trained on drawn shapes.
 
     python examples/demo.py
 
-1. Loads the pipeline from this repository and an adapter by two lines.
-2. Draws prompts without and with it, from the same noise, lets the oracle read the images, and prints how often each
-   skill succeeds, with the standard error of the difference.
-3. Writes one image of prompts drawn without and with the adapter, framed by the oracle's verdict.
-4. Trains an adapter from scratch for a minute or two, measures it like the other one, and draws its curves.
+1. Loads the pipeline from this repository, and an adapter with two lines.
+2. Draws prompts without and with the adapter, from the same noise. The oracle, a checker that reads the shapes in an
+   image, counts how often each skill succeeds; the difference is printed with its standard error.
+3. Writes an image of prompts drawn without and with the adapter, framed by the verdicts.
+4. Trains a new adapter for a minute or two, measures it in the same way, and draws its curves.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"       pipe.load_softrepa({str(given.adapter)!r})")
     pipe.load_softrepa(given.adapter)
     numbers = sum(parameter.numel() for parameter in pipe.softrepa_parameters().values())
-    print(f"   {numbers} learned numbers; not one weight of the denoiser changes")
+    print(f"   {numbers} trained numbers; the weights of the denoiser do not change")
 
     asks = prompts(given.per_skill, seed=given.seed)
     print(f"2. {len(asks)} prompts, the same noise without and with it, guidance {given.guidance:g}; per cent right:")
@@ -85,7 +85,7 @@ def side_by_side(pipe: Any, guidance: float) -> Image.Image:
 
 
 def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
-    """Trains a small adapter: contrast with true captions of other images and written wrong ones."""
+    """Trains a small adapter by contrast with the captions of other images and with captions written to be wrong."""
     train_tokens(
         pipe,
         folder,
@@ -101,12 +101,12 @@ def train(pipe: Any, folder: Path, steps: int, seed: int) -> None:
 
 
 def plot_curves(log: Path, path: Path) -> None:
-    """Draws the loss, and how much captions tell of images, of training and of held-out ones."""
+    """Draws the curves of the loss and of the information of captions about images, for training and evaluation."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     labels = ("loss", "bound of mutual information, nats")
     for axis, key, label in zip(axes, ("loss", "information"), labels, strict=True):
-        for prefix, name in (("", "training"), ("held_out/", "held out")):
+        for prefix, name in (("", "training"), ("eval/", "held out")):
             points = [(entry["step"], entry[prefix + key]) for entry in entries if prefix + key in entry]
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=name, alpha=1 if prefix else 0.5)

@@ -44,15 +44,15 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one run of the pipeline gave.
+    """The result of one call of the pipeline.
 
     Attributes:
-        picture: The decoded picture.
+        image: The decoded image.
         latents: What it was decoded from, `(1, 16, height / 8, width / 8)`.
         step_seconds: Time from the end of one step to the end of the next.
     """
 
-    picture: Image.Image
+    image: Image.Image
     latents: Tensor
     step_seconds: list[float]
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def draw(caption: str, *, steps: int = given.steps) -> Drawing:
         return _draw(pipe, caption, seed=CAPTIONS.index(caption), steps=steps, size=given.size)
 
-    print(f"3. Pictures of the base model: {len(captions)} captions, {given.steps} steps, guidance 4")
+    print(f"3. Images of the base model: {len(captions)} captions, {given.steps} steps, guidance 4")
     base = [draw(caption) for caption in captions]
 
     print("4. The same seeds with the adapter: pipe.load_softrepa(folder)")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adapted = [draw(caption) for caption in captions]
     for caption, one, other in zip(captions, base, adapted, strict=True):
         print(f"   {_distance(other, one):.4f} relative change of the latents: {caption}")
-    _claim("the adapter changes every picture", all(map(_differ, base, adapted)))
+    _claim("the adapter changes every image", all(map(_differ, base, adapted)))
 
     print("5. Off and on again: pipe.disable_softrepa(), pipe.enable_softrepa()")
     switch_off_and_on(pipe, draw, dict(zip(captions, zip(base, adapted, strict=True), strict=True)))
@@ -94,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe.save_softrepa(output / "saved-by-the-pipeline")
     pipe.unload_softrepa()
     pipe.load_softrepa(output / "saved-by-the-pipeline")
-    _claim("the picture is the one before saving, to the last bit", not _differ(draw(captions[0]), adapted[0]))
+    _claim("the image is the one before saving, to the last bit", not _differ(draw(captions[0]), adapted[0]))
 
     path = output / "grid.png"
     save_grid(path, captions, base, adapted)
-    print(f"Pictures: {path}")
+    print(f"Images: {path}")
     print("With random weights they are noise, and attention that was never trained hardly notices four tokens: this")
     print(
         "shows the mechanics on the real numbers, not better alignment; examples/demo.py runs on a trained pipeline."
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def convert_published(published: str | None, output: Path) -> Path:
-    """Converts the authors' files, or a stand-in where there are none; returns the adapter's folder."""
+    """Converts the authors' files, or random ones if there are none, and returns the folder of the adapter."""
     source = Path(published) if published else write_stand_in(output / "stand-in")
     kind = "the published SD3 adapter" if published else "NOT the published adapter but random numbers in its shapes"
     print(f"   {source}: {kind}. Converted without running any pickle code:")
@@ -128,7 +128,7 @@ def write_stand_in(folder: Path) -> Path:
 
 
 def make_pipeline(num_blocks: int) -> StableDiffusion3Pipeline:
-    """Returns a pipeline in which every width that SD3's blocks, text and latents have is the real one."""
+    """Returns a pipeline with random weights whose blocks, text and latents have the widths of SD3."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=128,
@@ -174,7 +174,7 @@ def switch_off_and_on(
     draw: Callable[[str], Drawing],
     expected: Mapping[str, tuple[Drawing, Drawing]],
 ) -> None:
-    """Draws every picture with the adapter off and on, in turns so that the times compare, against (base, adapted)."""
+    """Draws every image with the adapter off and on alternately, so that their times can be compared."""
     drawings = []
     for caption in expected:
         pipe.disable_softrepa()
@@ -186,12 +186,12 @@ def switch_off_and_on(
     print(f"   time of a step with the adapter over without it: {ratio:.2f}; `make bench` measures it properly")
     same_off = all(not _differ(off, base) for (off, _), (base, _) in zip(drawings, expected.values(), strict=True))
     same_on = all(not _differ(on, adapted) for (_, on), (_, adapted) in zip(drawings, expected.values(), strict=True))
-    _claim("off, every picture is the base model's to the last bit", same_off)
-    _claim("on again, every picture is the adapter's to the last bit", same_on)
+    _claim("off, every image is the base model's to the last bit", same_off)
+    _claim("on again, every image is the adapter's to the last bit", same_on)
 
 
 def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
-    """Draws the same picture at each weight and prints how far it went from the base."""
+    """Draws the same image at each weight and prints its distance from that of the base model."""
     drawings = []
     for weight in WEIGHTS:
         pipe.set_softrepa("softrepa", weight)
@@ -203,7 +203,7 @@ def sweep(pipe: StableDiffusion3Pipeline, draw: Callable[[], Drawing]) -> None:
 
 
 def save_grid(path: Path, captions: Sequence[str], base: Sequence[Drawing], adapted: Sequence[Drawing]) -> None:
-    """Writes one picture: a row for each caption, with base, adapter and where they differ side by side."""
+    """Writes a grid with a row for each caption: base model, adapter, and the difference between them."""
     size, gap, line = 256, 8, 20
     columns = ("base", "with the adapter", "where the latents differ (scaled)")
     canvas = Image.new("RGB", (3 * (size + gap) + gap, line + len(captions) * (size + line + gap)), "white")
@@ -213,8 +213,8 @@ def save_grid(path: Path, captions: Sequence[str], base: Sequence[Drawing], adap
     for row, (caption, one, other) in enumerate(zip(captions, base, adapted, strict=True)):
         top = line + row * (size + line + gap)
         pen.text((gap, top + 4), caption, fill="black")
-        for column, picture in enumerate((one.picture, other.picture, _difference(one.latents, other.latents))):
-            large = picture.resize((size, size), Image.Resampling.NEAREST)
+        for column, image in enumerate((one.image, other.image, _difference(one.latents, other.latents))):
+            large = image.resize((size, size), Image.Resampling.NEAREST)
             canvas.paste(large, (gap + column * (size + gap), top + line))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The published SD3 adapter, from the authors' files into a pipeline.")
     published = os.environ.get("SOFTREPA_PUBLISHED_SD3") or None
     parser.add_argument("--published", default=published, help="folder of the authors' two SD3 files")
-    parser.add_argument("--output", default="outputs/demo", help="where adapters and pictures go")
+    parser.add_argument("--output", default="outputs/demo", help="where adapters and images go")
     parser.add_argument("--captions", type=int, choices=range(1, len(CAPTIONS) + 1), default=len(CAPTIONS))
     parser.add_argument("--steps", type=int, default=3, help="sampling steps")
     parser.add_argument("--blocks", type=int, default=6, help="of SD3's 24; the adapter has tokens for the first 5")
@@ -241,7 +241,7 @@ def _draw(pipe: StableDiffusion3Pipeline, caption: str, *, seed: int, steps: int
         seen.append(values["latents"])
         return values
 
-    picture = pipe(
+    image = pipe(
         caption,
         height=size,
         width=size,
@@ -252,7 +252,7 @@ def _draw(pipe: StableDiffusion3Pipeline, caption: str, *, seed: int, steps: int
         callback_on_step_end=note,
     ).images[0]
     seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    return Drawing(picture, seen[-1], seconds)
+    return Drawing(image, seen[-1], seconds)
 
 
 def _describe(pipe: StableDiffusion3Pipeline) -> None:
@@ -279,13 +279,13 @@ def _median_step(drawings: Sequence[Drawing]) -> float:
 
 
 def _difference(one: Tensor, other: Tensor) -> Image.Image:
-    """Returns how much each place of the latents changed, white for the most."""
+    """Returns the change of the latents as an image, in which white is the largest change."""
     change = (one - other)[0].norm(dim=0)  # (height, width)
     return ImageOps.autocontrast(Image.fromarray((255 * change / change.max()).to(torch.uint8).numpy()))
 
 
 def _claim(sentence: str, holds: bool) -> None:
-    """Prints what must be true, and stops the demo when it is not."""
+    """Prints a claim, and stops the demo if it does not hold."""
     if not holds:
         raise SystemExit(f"   NOT SO: {sentence}")
     print(f"   Checked: {sentence}.")

@@ -3,9 +3,9 @@
     python examples/reproduce_paper.py --model sd3 --adapter tokens/sd3 \
         --captions captions_val2017.json --images val2017 --edits edits --out paper-sd3
 
-`--adapter` is the authors' folder of `.pth` files, or an adapter of this package. Pictures are drawn with the paper's
+`--adapter` is the authors' folder of `.pth` files, or an adapter of this package. Images are drawn with the paper's
 sampling settings and scored by the metrics of its table: ImageReward, CLIP, HPS, LPIPS. A metric whose package or
-weights are not there is left out with a sentence. After the first pictures the time that is left is told; the same
+weights are not there is left out with a sentence. After the first images the time that is left is told; the same
 command goes on where a killed one stopped. Our numbers are printed beside the published ones. Exit status: 0 when
 done, 2 when something is missing or wrong.
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
@@ -33,11 +34,10 @@ import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
 from diffusers_softrepa import convert, flow_edit
 from diffusers_softrepa.checkpoint import save_checkpoint
 from diffusers_softrepa.evaluation import (
-    LPIPS,
     CLIPScore,
     EvaluationResult,
+    FunctionMetric,
     HPSv2,
-    ImageReward,
     Metric,
     Prompt,
     evaluate,
@@ -54,7 +54,7 @@ class Recipe:
     Attributes:
         pipeline: Its Hub id.
         family: What the authors' files are converted as.
-        size: Side of the pictures.
+        size: Side of the images.
         steps: Sampling steps.
         guidance: Guidance scale, 1 being none.
         ddim: Whether the scheduler is DDIM instead of the pipeline's own.
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--images", help="Folder of COCO's val2017 images, for LPIPS.")
     found.add_argument("--edits", help="Folder with edits.json and its images.")
     found.add_argument("--edit_set", choices=EDITING, default="div2k", help="Which published numbers stand beside.")
-    found.add_argument("--out", required=True, help="Folder of pictures and tables.")
+    found.add_argument("--out", required=True, help="Folder for the images and tables.")
     found.add_argument("--batch_size", type=int, default=4)
     found.add_argument("--seeds", nargs="+", type=int, default=[0])
     found.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float16")
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     smaller = found.add_argument_group("other than in the paper")
     smaller.add_argument("--pipeline", help="Another pipeline of the same kind: Hub id or folder.")
     smaller.add_argument("--limit", type=int, help="Only so many prompts and edits.")
-    smaller.add_argument("--size", type=int, help="Side of the pictures.")
+    smaller.add_argument("--size", type=int, help="Side of the images.")
     smaller.add_argument("--steps", type=int, help="Sampling steps.")
     smaller.add_argument("--edit_steps", type=int, default=EDIT_STEPS, help="FlowEdit's steps.")
     smaller.add_argument("--max_sequence_length", type=int, help="Text length of T5.")
@@ -142,13 +142,55 @@ def parser() -> argparse.ArgumentParser:
 
 # Metrics of the paper's table.
 
+
+def image_reward(given: argparse.Namespace) -> Metric:
+    """Returns ImageReward, computed by the authors' package.
+
+    Raises:
+        ImportError: The package cannot be imported.
+    """
+    try:
+        import ImageReward
+    except Exception as error:  # the package fails in many ways beside new releases of what it imports
+        raise ImportError(f"ImageReward needs the package image-reward, which cannot be imported ({error})") from error
+    model = ImageReward.load("ImageReward-v1.0", device=str(processes().device))
+    return FunctionMetric(
+        lambda images, prompts: [
+            model.score(prompt.text, image) for image, prompt in zip(images, prompts, strict=True)
+        ]
+    )
+
+
+def lpips(given: argparse.Namespace) -> Metric:
+    """Returns LPIPS to the image in each prompt's metadata, both at 299 x 299, computed by the authors' package.
+
+    Raises:
+        ImportError: The package cannot be imported.
+    """
+    try:
+        import lpips as package
+    except Exception as error:  # likewise
+        raise ImportError(f"LPIPS needs the package lpips, which cannot be imported ({error})") from error
+    model = package.LPIPS(net=given.lpips_net, verbose=False).eval().to(processes().device)
+
+    def tensor(image: Image.Image) -> torch.Tensor:
+        pixels = np.asarray(image.convert("RGB").resize((299, 299), Image.Resampling.BICUBIC), dtype=np.float32)
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes().device) / 127.5 - 1  # (1, 3, 299, 299)
+
+    def distances(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[float]:
+        others = [Image.open(prompt.metadata["image"]) for prompt in prompts]
+        return [model(tensor(one), tensor(other)).item() for one, other in zip(images, others, strict=True)]
+
+    return FunctionMetric(distances, higher_is_better=False)
+
+
 METRICS = {
-    "image_reward": lambda given: ImageReward(),
+    "image_reward": image_reward,
     "clip": lambda given: CLIPScore(given.clip, weight=1.0, prefix="", name="clip"),
     "hps": lambda given: HPSv2(
         given.hps_version, weights=given.hps, **({"processing": given.hps_clip} if given.hps_clip else {})
     ),
-    "lpips": lambda given: LPIPS(given.lpips_net, side=299),
+    "lpips": lpips,
 }
 
 
@@ -156,18 +198,17 @@ def available(given: argparse.Namespace, device: torch.device, *, with_images: b
     """Returns the metrics that can be loaded here, by name; says what the others are missing."""
     found = {}
     for name in given.metrics:
-        metric = METRICS[name](given)
-        metric.name = name
         try:
             if name == "lpips" and not with_images:
                 raise OSError("LPIPS compares with the images of the captions; give --images")
+            metric = METRICS[name](given)
+            metric.name = name
             metric.setup(device)
+            metric.close()
         except (OSError, ImportError, ValueError) as error:
             say(f"{name} is left out: {error}")
         else:
             found[name] = metric
-        finally:
-            metric.close()
     return found
 
 
@@ -246,12 +287,12 @@ def editing(given: argparse.Namespace, recipe: Recipe, pipe: Any, metrics: Seque
             hours = seconds * (len(own) - done) / 3600
             say(f"{seconds:.2f} s an edit and process: the {len(own) - done} left take about {hours:.2g} h")
     state.wait_for_everyone()
-    pictures = {label: [edited(out, label, pair) for pair in pairs] for label in EDIT_SETTINGS}
+    images = {label: [edited(out, label, pair) for pair in pairs] for label in EDIT_SETTINGS}
     prompts = [
         Prompt(pair["id"], pair["target_prompt"], metadata={"image": str(Path(given.edits) / pair["image"])})
         for pair in pairs
     ]
-    return score(pictures, prompts, metrics, device=pipe._execution_device)
+    return score(images, prompts, metrics, device=pipe._execution_device)
 
 
 def check_unchanged(given: argparse.Namespace, out: Path, size: int) -> None:
@@ -371,7 +412,7 @@ def run(given: argparse.Namespace) -> str:
         tables.append(comparison(f"Editing, {given.edit_set}", result, EDITING[given.edit_set]))
     if processes().is_main_process:
         (out / "comparison.md").write_text("\n".join(tables), encoding="utf-8")
-    return "\n" + "\n".join(tables) + f"\nPictures and tables are in {out}."
+    return "\n" + "\n".join(tables) + f"\nImages and tables are in {out}."
 
 
 def main(argv: Sequence[str]) -> int:

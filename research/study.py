@@ -264,7 +264,7 @@ def _diagnostics(log: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
-        found |= {key: entry[f"held_out/{key}"] for key in ("top1", "information") if f"held_out/{key}" in entry}
+        found |= {key: entry[f"eval/{key}"] for key in ("top1", "information") if f"eval/{key}" in entry}
     return found
 
 

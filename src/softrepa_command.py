@@ -1,7 +1,7 @@
-"""The `softrepa` command: what it can do, and the way to each sub-command.
+"""The `softrepa` command: its help, and the import of each sub-command.
 
-This module stands beside the package, not in it, so that `softrepa --help` answers at once: importing the package
-imports torch and diffusers, which takes seconds and which only a sub-command needs.
+This module is not part of the package, because importing the package imports torch and diffusers, which takes seconds.
+`softrepa --help` needs neither.
 """
 
 import sys
@@ -11,9 +11,9 @@ from importlib.metadata import version
 COMMANDS = {
     "train": "train soft tokens on your own images",
     "generate": "draw prompts without and with an adapter, side by side",
-    "edit": "edit images by text with FlowEdit, without and with an adapter, side by side",
+    "edit": "edit images by text, without and with an adapter, side by side",
     "evaluate": "compare the base model and adapters on a set of prompts",
-    "info": "print what an adapter holds and what it fits",
+    "info": "print what an adapter contains and which denoisers it fits",
     "convert": "convert soft tokens from and to the formats of other programs",
     "push": "upload an adapter's folder to the Hugging Face Hub",
 }
@@ -22,10 +22,10 @@ _USAGE = "usage: softrepa COMMAND [options]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a sub-command and returns the exit status: 0 when done, 1 when it failed, 2 for a wrong command line.
+    """Runs a sub-command and returns the exit status: 0 if it finished, 1 if it failed, 2 for a wrong command line.
 
     Args:
-        argv: The command line without the program's name; the process's own unless given.
+        argv: The command line without the name of the program. Defaults to that of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """Returns what `softrepa --help` prints."""
+    """Returns the text that `softrepa --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {meaning}" for name, meaning in COMMANDS.items()]
     return "\n".join(

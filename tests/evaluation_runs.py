@@ -1,6 +1,6 @@
 """Small evaluations for the tests, in this process or as a program of their own: `python evaluation_runs.py SETTINGS`.
 
-Every picture that is drawn is a line of `drawn.txt` beside the output folder: what was drawn is counted, not guessed.
+Every image that is drawn is a line of `drawn.txt` beside the output folder: what was drawn is counted, not guessed.
 """
 
 import json
@@ -64,7 +64,7 @@ class Counted:
 
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """A metric: how bright pictures are, and how red those of the category `colors`."""
+    """A metric: how bright images are, and how red those of the category `colors`."""
     values = np.stack([np.asarray(image, dtype=float) for image in images]) / 255
     red = [
         value[..., 0].mean() if prompt.category == "colors" else np.nan

@@ -156,7 +156,7 @@ class HubServer:
             if hasattr(file_download, name):  # or import it by name
                 monkeypatch.setattr(file_download, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
-        if hasattr(repocard, "requests"):  # huggingface_hub 0 asks for the check of a card at a fixed address, by a form
+        if hasattr(repocard, "requests"):  # huggingface_hub 0 checks a card at a fixed address, by a form
 
             def post(_: str, body: Any, headers: Any) -> Any:
                 return get_session().post(f"{self.url}/api/validate-yaml", json=body, headers=headers)

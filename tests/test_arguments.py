@@ -1,8 +1,9 @@
 """Settings: every field checked, former names read, accelerate followed, and all of it before a model is there."""
 
-from dataclasses import fields
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -59,8 +60,8 @@ def test_what_a_run_needs_is_checked_before_a_model_is_there(settings: dict[str,
 
 
 def test_checked_data_are_what_the_trainer_takes(tmp_path: Path):
-    train, held_out = check_run(ContrastiveFlowMatchingArguments(**QUICK), rows(), rows(4, seed=1))
-    assert held_out is not None and held_out.count == 4
+    train, evaluation = check_run(ContrastiveFlowMatchingArguments(**QUICK), rows(), rows(4, seed=1))
+    assert evaluation is not None and evaluation.count == 4
     trainer(tmp_path / "checked", train).train()
     trainer(tmp_path / "given").train()
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("checked", "given")]
@@ -132,3 +133,40 @@ def test_what_contradicts_accelerate_is_an_error(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=message):
         ContrastiveFlowMatchingArguments(**settings)
+
+
+# The table of settings in the guide.
+
+GUIDE = Path(__file__).parents[1] / "docs" / "training.md"
+TABLE = re.compile(r"(<!-- settings: [^\n]*-->\n)(.*?)(<!-- /settings -->)", re.DOTALL)
+
+
+def shown(kind: Any) -> str:
+    """Returns a type as the table shows it: `str`, `list of str`, `float or None`."""
+    if get_origin(kind) is Literal:
+        return "str"
+    if get_origin(kind) is list:
+        return f"list of {shown(get_args(kind)[0])}"
+    if parts := get_args(kind):
+        return " or ".join(map(shown, parts))
+    return "None" if kind is type(None) else kind.__name__
+
+
+def table_of_settings() -> str:
+    """Returns name, type, default and meaning of every field, as Markdown."""
+    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in fields(ContrastiveFlowMatchingArguments):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        lines.append(f"| `{field.name}` | {shown(field.type)} | `{default!r}` | {field.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_settings_in_the_guide_is_that_of_the_fields():
+    found = TABLE.search(GUIDE.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found[2] == table_of_settings(), "run: python tests/test_arguments.py"
+
+
+if __name__ == "__main__":
+    page = TABLE.sub(lambda found: found[1] + table_of_settings() + found[3], GUIDE.read_text(encoding="utf-8"))
+    GUIDE.write_text(page, encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusers_softrepa.objectives import Contrastive, SoftRank, contrastive_loss
+from diffusers_softrepa.objectives import Contrastive, SoftRank
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
 from diffusers_softrepa.training import trainer as trainer_room
 from diffusers_softrepa.training.calibration import Measured, check_negatives, is_saturated, unsaturated
@@ -27,12 +27,17 @@ def of_one_caption(count: int = 8, **columns: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("objective", ["softrepa", "agsm", "soft_rank"])
 def test_one_caption_for_all_images_is_refused_before_anything_is_written(tmp_path: Path, objective: str):
-    with pytest.raises(ValueError, match=r"captions .* are all the same, so that there is nothing to tell apart"):
+    with pytest.raises(ValueError, match=r"captions .* are all the same, so there are no negatives to contrast"):
         trainer(tmp_path / "run", of_one_caption(), objective=objective, temperature=None)
     args = ContrastiveFlowMatchingArguments(output_dir=str(tmp_path / "run"), train_batch_size=3, objective=objective)
-    with pytest.raises(ValueError, match="nothing to tell apart"):
+    with pytest.raises(ValueError, match="no negatives to contrast"):
         check_run(args, of_one_caption())
     assert not (tmp_path / "run").exists()
+
+
+def test_data_without_any_caption_say_so(tmp_path: Path):
+    with pytest.raises(ValueError, match="have no caption that can be read: all are absent, empty"):
+        trainer(tmp_path, [{**row, "text": None if number else ""} for number, row in enumerate(rows())])
 
 
 def test_one_caption_is_enough_without_contrast_or_with_written_negatives(tmp_path: Path):
@@ -63,7 +68,7 @@ def test_negatives_are_counted_by_the_candidates_of_each_row():
         return Measured(torch.tensor(num_negatives), rows, rows)
 
     check_negatives(Contrastive(), measured(0, 0, 1))
-    with pytest.raises(ValueError, match="nothing to tell apart"):
+    with pytest.raises(ValueError, match="no negatives to contrast"):
         check_negatives(Contrastive(), measured(0, 0, 0))
     with pytest.raises(ValueError, match="2 or more captions"):
         check_negatives(SoftRank(), measured(1, 1, 0))
@@ -93,7 +98,7 @@ def test_a_chosen_objective_has_a_gradient_where_the_published_one_has_none():
     def slope(objective: Contrastive) -> float:
         leaf = errors.clone().requires_grad_()
         settings = vars(objective) | {"denoising_weight": 0.0}
-        contrastive_loss(leaf, positive, candidates, **settings).backward()
+        Contrastive(**settings).loss(leaf, positive, candidates).backward()
         return leaf.grad.abs().max().item()  # type: ignore[union-attr]
 
     assert slope(Contrastive()) < 1e-6
@@ -115,7 +120,7 @@ def test_saturated_defaults_are_replaced_told_and_stand_in_the_card(tmp_path: Pa
     run = trainer(tmp_path, **EXPONENTIAL, max_steps=2)
     run.train()
     assert run.objective.logits == "linear" and 0 < run.objective.temperature < 0.5
-    told = [record for record in caplog.records if "were chosen, by the errors of the first" in record.getMessage()]
+    told = [record for record in caplog.records if "were chosen from the errors of the first" in record.getMessage()]
     assert len(told) == 2  # before the first step and after the last
     norms = [entry["gradient_norm"] for entry in read_log(tmp_path / "log.jsonl") if "gradient_norm" in entry]
     assert min(norms) > 1e-4
@@ -129,10 +134,10 @@ def test_the_published_constants_stay_one_setting_away_and_a_run_that_learns_not
     run = trainer(tmp_path, **EXPONENTIAL | {"temperature": 0.05}, max_steps=2)
     run.train()
     assert run.objective == Contrastive(temperature=0.05)
-    assert "contrast teaches nothing" in caplog.text
+    assert "the contrast has no gradient" in caplog.text
     assert "the tokens learned nothing" in caplog.text
     card = (tmp_path / "README.md").read_text()
-    assert "contrast teaches nothing" in card and "the tokens learned nothing" in card
+    assert "the contrast has no gradient" in card and "the tokens learned nothing" in card
 
 
 def test_a_resumed_run_keeps_what_was_chosen(tmp_path: Path):
@@ -188,13 +193,13 @@ def test_the_best_adapter_is_never_that_of_step_zero(tmp_path: Path, monkeypatch
 
 
 def test_gains_are_those_of_the_same_images(tmp_path: Path):
-    trainer(tmp_path, eval_steps=3, num_evaluation_batches=2, held_out=6, learning_rate=0.1).train()
-    log = [entry for entry in read_log(tmp_path / "log.jsonl") if "held_out/top1" in entry]
-    assert "held_out/margin_gain" not in log[0]
+    trainer(tmp_path, eval_steps=3, num_evaluation_batches=2, num_eval=6, learning_rate=0.1).train()
+    log = [entry for entry in read_log(tmp_path / "log.jsonl") if "eval/top1" in entry]
+    assert "eval/margin_gain" not in log[0]
     for entry in log[1:]:
-        change = entry["held_out/margin"] - log[0]["held_out/margin"]
-        assert entry["held_out/margin_gain"] == pytest.approx(change, abs=1e-5)
-        assert entry["held_out/margin_gain_stderr"] > 0 and entry["held_out/margin_stderr"] > 0
+        change = entry["eval/margin"] - log[0]["eval/margin"]
+        assert entry["eval/margin_gain"] == pytest.approx(change, abs=1e-5)
+        assert entry["eval/margin_gain_stderr"] > 0 and entry["eval/margin_stderr"] > 0
 
 
 def test_standard_errors_are_those_of_statistics():

@@ -59,7 +59,7 @@ def test_a_callback_can_ask_for_a_log_an_evaluation_and_a_checkpoint(tmp_path: P
     asks = Asks(1, should_log=True, should_evaluate=True, should_save=True)
     trainer(tmp_path, max_steps=2, save_steps=9, eval_steps=9, logging_steps=9, callbacks=[asks]).train()
     log = [entry for entry in read_log(tmp_path / "log.jsonl") if entry["step"] == 1]
-    assert any("loss" in entry for entry in log) and any("held_out/top1" in entry for entry in log)
+    assert any("loss" in entry for entry in log) and any("eval/top1" in entry for entry in log)
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
@@ -133,7 +133,7 @@ def test_own_optimizers_metrics_and_data_to_evaluate_are_taken(tmp_path: Path):
     assert own.optimizer is sgd
     rates = [entry["learning_rate"] for entry in read_log(tmp_path / "log.jsonl") if "learning_rate" in entry]
     assert rates == pytest.approx([0.5, 0.05])
-    log = [entry for entry in read_log(tmp_path / "log.jsonl") if "held_out/worst" in entry]
+    log = [entry for entry in read_log(tmp_path / "log.jsonl") if "eval/worst" in entry]
     assert [entry["step"] for entry in log] == [0, 2]
     assert own.evaluate(rows(4, seed=2))["margin"] != own.evaluate()["margin"]
 

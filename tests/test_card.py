@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig
-from diffusers_softrepa.card import model_card, pictures_of, refreshed, section
+from diffusers_softrepa.card import images_of, model_card, refreshed, section
 
 
 def config_of(family: tiny.Family, **fields: Any) -> SoftREPAConfig:
@@ -54,7 +54,7 @@ def test_nothing_unknown_is_written_as_none(family: tiny.Family, bins: int | Non
     text = str(model_card(config, "user/tokens"))
     assert "None" not in text
     assert "null" not in text
-    assert f"{config.num_parameters:,} numbers" in text
+    assert f"{config.num_parameters:,} parameters" in text
     assert ("timestep bins | 7" in text) == (bins == 7)
 
 
@@ -135,6 +135,6 @@ def test_the_pictures_of_a_card_are_those_beside_it():
         "![here](curves.png) ![twice](curves.png) ![elsewhere](https://example.org/a.png) ![up](../secret.png) "
         "![up](a/../../secret.png) ![root](/etc/a.png) ![no picture](training_state.pt) [a link](linked.png)"
     )
-    assert pictures_of(f"---\n{gallery}---\n{text}") == ["curves.png", "pictures/00.png"]
-    assert pictures_of("---\n{: broken\n---\n![here](a.png)") == ["a.png"]
-    assert pictures_of("no metadata, no pictures") == []
+    assert images_of(f"---\n{gallery}---\n{text}") == ["curves.png", "pictures/00.png"]
+    assert images_of("---\n{: broken\n---\n![here](a.png)") == ["a.png"]
+    assert images_of("no metadata, no pictures") == []

@@ -15,7 +15,6 @@ import diffusers_softrepa
 import tiny
 from diffusers_softrepa.commands import edit, models
 from diffusers_softrepa.commands.settings import parse
-from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
 from test_docs import blocks
 
 SHORT = ["--steps", "4", "--device", "cpu"]
@@ -23,7 +22,7 @@ SHORT = ["--steps", "4", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def command() -> SimpleNamespace:
-    return SimpleNamespace(main=edit.main, DiffusionPipeline=models.DiffusionPipeline, LABEL_HEIGHT=CAPTION_HEIGHT)
+    return SimpleNamespace(main=edit.main, DiffusionPipeline=models.DiffusionPipeline)
 
 
 def strong_adapter(pipe: StableDiffusion3Pipeline, folder: Path) -> Path:
@@ -37,7 +36,7 @@ def strong_adapter(pipe: StableDiffusion3Pipeline, folder: Path) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a pipeline, an adapter and two pictures."""
+    """A folder with a pipeline, an adapter and two images."""
     monkeypatch.chdir(tmp_path)
     pipe = tiny.sd3_pipeline()
     strong_adapter(pipe, tmp_path / "my-tokens")
@@ -71,7 +70,7 @@ def test_the_python_of_the_editing_guide_runs(files: Path, monkeypatch: pytest.M
 
 def test_the_command_of_the_editing_guide_is_understood(command: SimpleNamespace):
     (line,) = blocks("editing.md", "bash")
-    argv = shlex.split(line)
+    argv = shlex.split(line.replace("\\\n", " "))
     assert argv[:2] == ["softrepa", "edit"]
     (_, given) = parse("edit", "", (models.PipelineOptions, edit.EditOptions), argv[2:])
     assert (given.image, given.adapter, given.adapter_target_guidance_scale) == (["cat.png"], "my-tokens", 10.0)
@@ -86,18 +85,18 @@ def test_base_and_adapter_are_laid_side_by_side(
     written = command.main([*argv, "--adapter", "my-tokens"])
     assert [path.as_posix() for path in written] == ["edits/today/cat.png", "edits/today/dog.png"]
     with Image.open(written[0]) as opened:
-        picture = np.array(opened)
-    assert picture.shape == (16 + 2 * command.LABEL_HEIGHT, 3 * 24, 3)
-    image, base, adapter = np.split(picture[2 * command.LABEL_HEIGHT :], 3, axis=1)
+        image = np.array(opened)
+    assert image.shape[1:] == (3 * 24 + 2 * 4, 3) and (image[0] == 255).all()
+    image, base, adapter = (image[-16:, left : left + 24] for left in (0, 28, 56))
     assert (base != adapter).any() and (image != base).any()
     expected = np.array(Image.open("dog.png"))
     with Image.open(written[1]) as opened:
-        assert (np.array(opened)[2 * command.LABEL_HEIGHT :, :24] == expected).all()
+        assert (np.array(opened)[-16:, :24] == expected).all()
     (again, _) = command.main(argv)
     assert again.as_posix() == "edits/today/cat-1.png"
     with Image.open(again) as opened:
-        alone = np.array(opened)[2 * command.LABEL_HEIGHT :]
-    assert alone.shape == (16, 2 * 24, 3) and (alone[:, 24:] == base).all()
+        alone = np.array(opened)[-16:]
+    assert alone.shape == (16, 2 * 24 + 4, 3) and (alone[:, 28:] == base).all()
 
 
 def test_prompts_and_images_that_do_not_go_together_are_refused(

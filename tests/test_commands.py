@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+import command_options
 import softrepa_command
 from diffusers_softrepa.checkpoint import load_checkpoint
 from diffusers_softrepa.commands import run
 from diffusers_softrepa.commands.output import survivable_output
 from diffusers_softrepa.compat import pipeline_precision
-from diffusers_softrepa.evaluation.pictures import CAPTION_HEIGHT
+from diffusers_softrepa.evaluation.images import grid
 
 WORLD = Path(__file__).parents[1] / "examples" / "shapes_world"
 ADAPTER = str(WORLD / "adapter")
@@ -105,6 +107,16 @@ def test_an_error_is_one_line_and_a_status(
     assert capsys.readouterr().err == line + "\n"
     with pytest.raises(type(error)) if status != 130 else pytest.MonkeyPatch.context():
         run("info", ["--debug"])
+
+
+def test_the_options_on_the_page_of_commands_are_those_that_help_prints(capsys: pytest.CaptureFixture[str]):
+    page = command_options.PAGE.read_text(encoding="utf-8")
+    assert sorted(command_options.named(page)) == sorted(softrepa_command.COMMANDS.keys() - {"convert"})
+    assert command_options.with_options(page) == page, "run `python tests/command_options.py`"
+    run("push", ["--help"])
+    assert set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"} == set(
+        re.findall(r"`(--\w+)`", command_options.table("push"))
+    )
 
 
 # Output.
@@ -196,15 +208,18 @@ def test_generate_lays_base_and_adapter_side_by_side(tmp_path: Path, capsys: pyt
     ]
     assert run("generate", [*argv, "--adapter", ADAPTER]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "a.png")
-    sheet = pixels(tmp_path / "new" / "a.png")
-    assert sheet.shape == (CAPTION_HEIGHT + 2 * (CAPTION_HEIGHT + 32), 64, 3)
     pipe = StableDiffusion3Pipeline.from_pretrained(SD3, **pipeline_precision(torch.float32))
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(
-        "a red circle", num_inference_steps=1, max_sequence_length=15, generator=torch.Generator().manual_seed(3)
-    ).images[0]
-    base, adapted = sheet[2 * CAPTION_HEIGHT :][:32, :32], sheet[2 * CAPTION_HEIGHT :][:32, 32:]
-    assert (base == np.asarray(drawn)).all() and (adapted != base).any()
+    rows: list[list[Image.Image]] = [[], []]
+    for column in range(2):
+        for row, prompt in zip(rows, ("a red circle", "a blue square"), strict=True):
+            generator = torch.Generator().manual_seed(3)
+            row += pipe(prompt, num_inference_steps=1, max_sequence_length=15, generator=generator).images
+        if not column:
+            pipe.load_softrepa(ADAPTER)
+    assert rows[0][0].tobytes() != rows[0][1].tobytes()
+    expected = grid(rows, ["a red circle", "a blue square"], ["base", "adapter"], max_side=None)
+    assert (pixels(tmp_path / "new" / "a.png") == np.asarray(expected)).all()
     assert run("generate", argv) == 0  # without an adapter, and never over a file that is there
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "a-1.png")
     assert pixels(tmp_path / "new" / "a-1.png").shape[1] == 32
@@ -218,7 +233,7 @@ def test_edit_and_evaluate_write_what_they_say(tmp_path: Path, capsys: pytest.Ca
     assert run("edit", [*argv, "--dry_run"]) == 0 and not (tmp_path / "edits").exists()
     assert run("edit", argv) == 0
     assert str(tmp_path / "edits" / "white.png") in capsys.readouterr().out
-    assert pixels(tmp_path / "edits" / "white.png").shape == (2 * CAPTION_HEIGHT + 32, 96, 3)
+    assert pixels(tmp_path / "edits" / "white.png").shape[1] == 96 + 2 * 4
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     argv = [*SHORT, "--prompts", str(tmp_path / "prompts.txt"), "--adapter", f"ours={ADAPTER}"]
     assert run("evaluate", [*argv, "--metrics", "--out", str(tmp_path / "evaluation")]) == 0

@@ -144,7 +144,9 @@ def test_a_longer_context_is_not_what_the_node_does():
     assert not torch.allclose(denoiser(**inputs(CONTEXT), timestep=levels).sample, expected, atol=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(diffusers, "AnimaTextConditioner"), reason="this diffusers has no AnimaTextConditioner")
+@pytest.mark.skipif(
+    not hasattr(diffusers, "AnimaTextConditioner"), reason="this diffusers has no AnimaTextConditioner"
+)
 def test_the_conditioner_of_diffusers_pads_to_the_rows_that_it_is_told():
     from diffusers import AnimaTextConditioner
 

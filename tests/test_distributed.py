@@ -29,7 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "a stream": {"data": "stream", "lr_scheduler": "cosine"},
 }
 # Adam divides by the gradient's own size, so that rounding in a nearly vanishing gradient would show.
-SETTINGS = {"optim": "SGD", "optim_args": '{"momentum": 0.9}', "learning_rate": 1.0, "held_out": 4}
+SETTINGS = {"optim": "SGD", "optim_args": '{"momentum": 0.9}', "learning_rate": 1.0, "num_eval": 4}
 
 
 @pytest.fixture(scope="module")

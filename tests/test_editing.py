@@ -51,13 +51,13 @@ def adapted(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
-def pictures(count: int = 1, height: int = 16, width: int = 24) -> Tensor:
+def make_images(count: int = 1, height: int = 16, width: int = 24) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(7))
 
 
 def edit(pipe: DiffusionPipeline, image: Any = None, source: Any = SOURCE, target: Any = TARGET, **kw: Any) -> Any:
     return flow_edit(
-        pipe, pictures() if image is None else image, source, target, **{"output_type": "latent"} | SHORT | kw
+        pipe, make_images() if image is None else image, source, target, **{"output_type": "latent"} | SHORT | kw
     )
 
 
@@ -134,7 +134,7 @@ def test_an_edit_is_the_paper_s_loop_around_the_pipelines_own_schedule_and_denoi
             negative = positive if guided else model.predict(x, t, texts[0])
         return positive if guided else negative + scales[which] * (positive - negative)
 
-    x0 = conditioners[0].encode_images(2 * pictures() - 1)
+    x0 = conditioners[0].encode_images(2 * make_images() - 1)
     generator, edited = torch.Generator().manual_seed(0), x0.clone()
     for at, to in pairwise(sigmas):
         x_source = (1 - at) * x0 + at * torch.randn(x0.shape, generator=generator)
@@ -149,7 +149,7 @@ def test_an_edit_from_a_prompt_to_itself_gives_the_image_back(pipe: DiffusionPip
     same: dict[str, Any] = {"source_guidance_scale": 5.0, "target_guidance_scale": 5.0, "num_averages": 2}
     edited = edit(pipe, target=SOURCE, **same)
     conditioner = conditioner_of(pipe)
-    encoded = conditioner.encode_images(2 * pictures() - 1)
+    encoded = conditioner.encode_images(2 * make_images() - 1)
     assert_close(edited, encoded, **EXACT)
     shown = edit(pipe, target=SOURCE, **same, output_type="pt")
     assert_close(shown, (conditioner.decode_latents(encoded) / 2 + 0.5).clamp(0, 1))
@@ -192,7 +192,7 @@ def test_adapters_are_on_again_after_an_error(adapted: DiffusionPipeline):
 
 @every_pipeline
 def test_a_batch_is_edited_as_its_images_alone(adapted: DiffusionPipeline):
-    images, targets = pictures(2), [TARGET, "a tree"]
+    images, targets = make_images(2), [TARGET, "a tree"]
     together = edit(adapted, images, [SOURCE, "no cat"], targets)
     alone = [
         edit(adapted, image, source, target)
@@ -202,10 +202,10 @@ def test_a_batch_is_edited_as_its_images_alone(adapted: DiffusionPipeline):
 
 
 def test_one_image_and_one_prompt_serve_all(pipe: DiffusionPipeline):
-    several = edit(pipe, pictures(), SOURCE, [TARGET, "a tree"])
+    several = edit(pipe, make_images(), SOURCE, [TARGET, "a tree"])
     assert_close(several, torch.cat([edit(pipe, target=text) for text in (TARGET, "a tree")]), rtol=1e-4, atol=1e-4)
-    images = edit(pipe, pictures(2))
-    assert_close(images, torch.cat([edit(pipe, image) for image in pictures(2)]), rtol=1e-4, atol=1e-4)
+    images = edit(pipe, make_images(2))
+    assert_close(images, torch.cat([edit(pipe, image) for image in make_images(2)]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_seed_decides_the_edit(pipe: DiffusionPipeline):
@@ -219,7 +219,7 @@ def test_a_seed_decides_the_edit(pipe: DiffusionPipeline):
 
 def test_averaging_over_more_noise_moves_an_edit_towards_its_mean(pipe: DiffusionPipeline):
     seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    few, many = (edit(pipe, pictures().repeat(4, 1, 1, 1), generator=seeds, num_averages=count) for count in (1, 6))
+    few, many = (edit(pipe, make_images().repeat(4, 1, 1, 1), generator=seeds, num_averages=count) for count in (1, 6))
     assert many.var(0).mean() < 0.5 * few.var(0).mean()
 
 
@@ -235,7 +235,7 @@ def test_guidance_runs_both_branches_in_one_call(pipe: DiffusionPipeline):
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    edit(pipe, pictures(2), source_guidance_scale=1.0)
+    edit(pipe, make_images(2), source_guidance_scale=1.0)
     assert rows == [4, 2] * 2
 
 
@@ -291,10 +291,10 @@ def test_lower_precision_edits_in_it_and_returns_float32(pipe: DiffusionPipeline
     assert shown.shape == (1, 3, 16, 24) and shown.isfinite().all()
 
 
-def test_pictures_come_as_they_are_asked_for(pipe: DiffusionPipeline):
-    tensor, array, listed = (edit(pipe, pictures(2), output_type=kind) for kind in ("pt", "np", "pil"))
+def test_images_come_as_they_are_asked_for(pipe: DiffusionPipeline):
+    tensor, array, listed = (edit(pipe, make_images(2), output_type=kind) for kind in ("pt", "np", "pil"))
     assert tensor.shape == (2, 3, 16, 24) and array.shape == (2, 16, 24, 3)
-    assert [picture.size for picture in listed] == [(24, 16)] * 2
+    assert [image.size for image in listed] == [(24, 16)] * 2
     assert_close(torch.from_numpy(array).movedim(-1, 1), tensor)
     assert_close(
         tensor.mul(255).round(), torch.stack([torch.tensor(np.array(p)) for p in listed]).movedim(-1, 1).float()
@@ -303,7 +303,7 @@ def test_pictures_come_as_they_are_asked_for(pipe: DiffusionPipeline):
 
 def test_images_are_taken_in_every_usual_form(pipe: DiffusionPipeline):
     conditioner = conditioner_of(pipe)
-    exact = (pictures(2) * 255).round() / 255
+    exact = (make_images(2) * 255).round() / 255
     arrays = exact.movedim(1, -1).numpy()
     pil = [Image.fromarray((array * 255).round().astype(np.uint8)) for array in arrays]
     for given in (exact, list(exact), arrays, list(arrays), pil, tuple(pil), [exact[:1], exact[1]]):
@@ -316,11 +316,11 @@ def test_images_are_taken_in_every_usual_form(pipe: DiffusionPipeline):
 
 
 def test_images_are_brought_to_a_size_that_the_denoiser_takes(pipe: DiffusionPipeline):
-    (picture,) = edit(pipe, pictures(1, 18, 27), output_type="pil")
-    assert picture.size == (24, 16)
-    (picture,) = edit(pipe, pictures(1, 18, 27), output_type="pil", height=20, width=16)
-    assert picture.size == (16, 20)
-    mixed = [pictures(1, 16, 16)[0], pictures(1, 20, 24)[0]]
+    (image,) = edit(pipe, make_images(1, 18, 27), output_type="pil")
+    assert image.size == (24, 16)
+    (image,) = edit(pipe, make_images(1, 18, 27), output_type="pil", height=20, width=16)
+    assert image.size == (16, 20)
+    mixed = [make_images(1, 16, 16)[0], make_images(1, 20, 24)[0]]
     assert len(edit(pipe, mixed, height=16, width=16)) == 2
 
 
@@ -341,24 +341,30 @@ def test_the_progress_bar_is_the_pipelines_own(pipe: DiffusionPipeline, capsys: 
         ({"strength": 0.2}, r"leave a step to run, but got 0.2 of 4"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer but got 0"),
         ({"num_averages": 0}, "num_averages must be at least 1 but got 0"),
-        ({"source_guidance_scale": 0.0}, "guidance scales must be positive, and 1.0 is none, but got 0.0"),
+        ({"source_guidance_scale": 0.0}, "guidance scales must be positive, where 1.0 is no guidance, but one is 0.0"),
         ({"target_guidance_scale": float("nan")}, "guidance scales must be positive"),
         ({"adapter_scope": "source"}, r"adapter_scope must be one of \('both', 'target', 'none'\) but got 'source'"),
         ({"output_type": "jpg"}, r"output_type must be one of .* but got 'jpg'"),
-        ({"generator": [torch.Generator()] * 3}, "one per image: 3 for 1 images"),
+        ({"generator": [torch.Generator()] * 3}, "a list of one for each image, but there are 3 for 1 images"),
         ({"source": [SOURCE, SOURCE], "target": [TARGET] * 3}, "1 images, 2 source prompts, 3 target prompts"),
         ({"image": torch.rand(2, 3, 16, 24), "target": [TARGET] * 3}, "2 images, 1 source prompts, 3 target"),
         ({"negative_prompt": [""] * 2, "target": [TARGET] * 3}, "3 target prompts, 2 negative prompts"),
-        ({"target": []}, "target_prompt must be at least one, but the list is empty"),
-        ({"image": []}, "there is no image to edit"),
+        ({"target": []}, "target_prompt must contain at least one prompt, but the list is empty"),
+        ({"image": []}, "there must be at least one image, but the list is empty"),
         (
             {"image": [torch.rand(3, 16, 16), torch.rand(3, 16, 24)]},
-            r"one size, but are \[\(16, 16\), \(16, 24\)\]; give",
+            r"one size, but have \[\(16, 16\), \(16, 24\)\]; give",
         ),
-        ({"image": torch.rand(3, 16, 16) * 2 - 1}, r"numbers in \[0, 1\]; \(pixels \+ 1\) / 2 brings"),
-        ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8)}, r"floating numbers in \[0, 1\].* torch.uint8 of shape"),
-        ({"image": torch.rand(1, 16, 16)}, r"floating numbers in \[0, 1\].* of shape \(1, 16, 16\)"),
-        ({"image": np.zeros((16, 16))}, r"floating numbers in \[0, 1\].* of shape \(16, 16\)"),
+        (
+            {"image": torch.rand(3, 16, 16) * 2 - 1},
+            r"values of images must be in \[0, 1\]; convert those in \[-1, 1\] by \(pixels \+ 1\) / 2",
+        ),
+        (
+            {"image": torch.zeros(3, 16, 16, dtype=torch.uint8)},
+            r"floating-point arrays .* in \[0, 1\].* torch.uint8 of shape",
+        ),
+        ({"image": torch.rand(1, 16, 16)}, r"floating-point arrays .* in \[0, 1\].* of shape \(1, 16, 16\)"),
+        ({"image": np.zeros((16, 16))}, r"floating-point arrays .* in \[0, 1\].* of shape \(16, 16\)"),
         ({"image": torch.rand(3, 16, 2)}, "multiples of 4 px .* but are 16 x 0"),
         ({"height": 15}, "multiples of 4 px .* but are 15 x 24"),
     ],
@@ -380,11 +386,11 @@ def test_what_cannot_be_edited_is_refused_before_anything_runs(
         ({"target": [None]}, "target_prompt must be a string or a list of strings"),
         (
             {"image": "cat.png"},
-            r"must be PIL images, arrays or tensors, all of one kind, but are \['str'\]; .*load_image",
+            r"must be PIL images, arrays or tensors, all of one type, but are \['str'\]; .*load_image",
         ),
         (
             {"image": [Image.new("RGB", (16, 16)), torch.rand(3, 16, 16)]},
-            r"all of one kind, but are \['Image', 'Tensor'\]",
+            r"all of one type, but are \['Image', 'Tensor'\]",
         ),
     ],
 )
@@ -395,21 +401,19 @@ def test_what_is_of_a_wrong_type_is_refused(pipe: DiffusionPipeline, change: dic
 
 @pytest.mark.parametrize("make", [tiny.sd15_pipeline, tiny.sdxl_pipeline])
 def test_a_denoiser_that_did_not_learn_flow_matching_is_refused(make: Any):
-    with pytest.raises(
-        ValueError, match=r"needs a denoiser that learned flow matching, .* epsilon; use invert and reg"
-    ):
-        flow_edit(make(), pictures(), SOURCE, TARGET)
+    with pytest.raises(ValueError, match=r"needs a denoiser trained by flow matching, .* epsilon; use invert and reg"):
+        flow_edit(make(), make_images(), SOURCE, TARGET)
 
 
 def test_a_distilled_denoiser_reads_no_negative_prompt():
-    with pytest.raises(ValueError, match="FluxTransformer2DModel is told its guidance scale and reads no negative"):
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is guidance-distilled and takes no negative prompt"):
         edit(tiny.flux_pipeline(guidance_embeds=True), negative_prompt="a tree")
 
 
 def test_a_scheduler_of_second_order_is_refused(pipe: DiffusionPipeline):
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     with pytest.raises(
-        ValueError, match="levels that fall from step to step, but FlowMatchHeunDiscreteScheduler makes"
+        ValueError, match="levels that decrease with every step, but FlowMatchHeunDiscreteScheduler makes"
     ):
         edit(pipe)
 

@@ -71,8 +71,8 @@ def test_an_edit_runs_end_to_end_and_from_a_prompt_to_itself_is_none(entry: Entr
     assert edited.isfinite().all() and (edited - latents).abs().max() > 1e-4
     alone = flow_edit(pipe, image[1], "a red cat", "a tree", **settings)
     assert_close(edited[1:] / edited.abs().max(), alone / edited.abs().max(), rtol=0.0, atol=1e-4)
-    (picture,) = flow_edit(pipe, image[0], "a red cat", "a tree", **settings | {"output_type": "pil"})
-    assert picture.size == entry.size[::-1]
+    (image,) = flow_edit(pipe, image[0], "a red cat", "a tree", **settings | {"output_type": "pil"})
+    assert image.size == entry.size[::-1]
 
 
 def latents_as_the_pipeline_holds_them(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def latents_as_the_pipeline_holds_them(pipe: DiffusionPipeline, latents: Tensor)
 
 @pytest.mark.parametrize("guided", [False, True])
 @every_family
-def test_drawing_again_gives_the_picture_that_the_pipeline_draws_of_that_noise(entry: Entry, guided: bool):
+def test_drawing_again_gives_the_image_that_the_pipeline_draws_of_that_noise(entry: Entry, guided: bool):
     """From noise to pixels: levels, steps, guidance, negative prompt and decoding are those of sampling."""
     if guided and entry.name == "qwen":
         pytest.skip("this pipeline changes the length of guided predictions")
@@ -120,5 +120,5 @@ def test_the_younger_cross_attention_families_are_inverted(name: str):
     pipe = quiet(entry.make())
     settings: dict[str, Any] = {"num_inference_steps": 3, "max_sequence_length": entry.length}
     noise = invert(pipe, torch.rand(1, 3, *entry.size), "a red cat", **settings)
-    (picture,) = regenerate(pipe, noise, "two dogs", **settings)
-    assert picture.size == entry.size[::-1]
+    (image,) = regenerate(pipe, noise, "two dogs", **settings)
+    assert image.size == entry.size[::-1]

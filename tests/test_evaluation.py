@@ -1,4 +1,4 @@
-"""An evaluation draws each picture once, whatever happens, and leaves tables that add up."""
+"""An evaluation draws each image once, whatever happens, and leaves tables that add up."""
 
 import csv
 import io
@@ -22,11 +22,11 @@ import tiny
 from diffusers_softrepa import get_softrepa_adapters
 from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, ImageMetric, Metric, evaluate
 from diffusers_softrepa.evaluation.gallery import generator_seed
-from diffusers_softrepa.evaluation.pictures import grid
+from diffusers_softrepa.evaluation.images import grid
 from diffusers_softrepa.evaluation.statistics import clustered_mean, share_better
 from evaluation_runs import ADAPTERS, CALL, PROMPTS, REFERENCES, ColorDistance, Counted, brightness, pipeline, run
 
-PICTURES = len(ADAPTERS) * len(PROMPTS) * 2
+IMAGES = len(ADAPTERS) * len(PROMPTS) * 2
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation
     return folder / "out", result, (folder / "drawn.txt").read_text().splitlines()
 
 
-def pictures_of(folder: Path) -> dict[str, np.ndarray]:
+def images_of(folder: Path) -> dict[str, np.ndarray]:
     return {
         path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).astype(int)
         for path in sorted((folder / "images").rglob("*.png"))
@@ -51,14 +51,14 @@ def tables_of(folder: Path) -> list[bytes]:
 # Drawing.
 
 
-def test_every_picture_is_drawn_once_in_its_setting(finished: Any):
+def test_every_image_is_drawn_once_in_its_setting(finished: Any):
     _, _, drawn = finished
-    assert len(drawn) == len(set(drawn)) == PICTURES
+    assert len(drawn) == len(set(drawn)) == IMAGES
     active = Counter(line.split("}")[0] + "}" for line in drawn)
     assert active == {
-        "{'a': None, 'b': None}": PICTURES // 3,
-        "{'a': 1.0, 'b': None}": PICTURES // 3,
-        "{'a': 0.5, 'b': None}": PICTURES // 3,
+        "{'a': None, 'b': None}": IMAGES // 3,
+        "{'a': 1.0, 'b': None}": IMAGES // 3,
+        "{'a': 0.5, 'b': None}": IMAGES // 3,
     }
 
 
@@ -67,12 +67,12 @@ def test_settings_share_the_noise_and_prompts_do_not():
     assert len(seeds) == 6
 
 
-def test_a_picture_is_what_the_pipeline_draws_from_its_seed(finished: Any):
+def test_a_image_is_what_the_pipeline_draws_from_its_seed(finished: Any):
     folder, _, _ = finished
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert len(manifest["pictures"]) == PICTURES
+    assert len(manifest["images"]) == IMAGES
     pipe = pipeline()
-    for entry in (manifest["pictures"][0], manifest["pictures"][-1]):
+    for entry in (manifest["images"][0], manifest["images"][-1]):
         if entry["setting"] == "base":
             pipe.disable_softrepa()
         else:
@@ -84,15 +84,15 @@ def test_a_picture_is_what_the_pipeline_draws_from_its_seed(finished: Any):
 
 
 def test_adapters_show(finished: Any):
-    pictures = pictures_of(finished[0])
-    for name in [name for name in pictures if "/base/" in name]:
-        one, half = (pictures[name.replace("/base/", f"/{other}/")] for other in ("a", "a:0.5"))
-        assert (pictures[name] != one).mean() > 0.2 < (half != one).mean()
+    images = images_of(finished[0])
+    for name in [name for name in images if "/base/" in name]:
+        one, half = (images[name.replace("/base/", f"/{other}/")] for other in ("a", "a:0.5"))
+        assert (images[name] != one).mean() > 0.2 < (half != one).mean()
 
 
-def test_the_batch_does_not_change_pictures(finished: Any, tmp_path: Path):
+def test_the_batch_does_not_change_images(finished: Any, tmp_path: Path):
     run(tmp_path, batch_size=4, metrics=[])
-    one, other = pictures_of(finished[0]), pictures_of(tmp_path)
+    one, other = images_of(finished[0]), images_of(tmp_path)
     assert one.keys() == other.keys()
     assert max(np.abs(one[name] - other[name]).max() for name in one) <= 1  # rounding of another sum
 
@@ -115,18 +115,18 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(finished: Any, tmp_path: P
     assert not (tmp_path / "out" / "results.json").exists()
     run(tmp_path / "out", pipe=Counted(pipeline(), tmp_path / "drawn-0.txt"))
     drawn = (tmp_path / "drawn-0.txt").read_text().splitlines()
-    assert len(drawn) == len(set(drawn)) == PICTURES
+    assert len(drawn) == len(set(drawn)) == IMAGES
     assert drawn == finished[2]
     assert tables_of(tmp_path / "out") == tables_of(finished[0])
 
 
-def test_half_a_picture_is_drawn_again(finished: Any, tmp_path: Path):
+def test_half_a_image_is_drawn_again(finished: Any, tmp_path: Path):
     partial = tmp_path / "out" / "images" / "base" / ".0-0.png.17.partial"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"\x89PNG half")
     run(tmp_path / "out", adapters=[None], metrics=[])
     assert (
-        np.asarray(Image.open(partial.with_name("0-0.png"))) == pictures_of(finished[0])["images/base/0-0.png"]
+        np.asarray(Image.open(partial.with_name("0-0.png"))) == images_of(finished[0])["images/base/0-0.png"]
     ).all()
 
 
@@ -157,12 +157,12 @@ def test_settings_prompts_seeds_and_metrics_may_come_later(tmp_path: Path):
     assert result.scores["brightness/all"].isfinite().all()
     run(tmp_path / "out", pipe=pipe, adapters=["b"], seeds=[1])
     assert len(log.read_text().splitlines()) == 12
-    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]) == 12
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["images"]) == 12
 
 
 def test_what_changed_is_named_and_nothing_is_drawn(finished: Any, tmp_path: Path):
     folder, _, _ = finished
-    before = tables_of(folder), {name: value.tolist() for name, value in pictures_of(folder).items()}
+    before = tables_of(folder), {name: value.tolist() for name, value in images_of(folder).items()}
     changes: list[tuple[str, Any, dict[str, Any]]] = [
         ("num_inference_steps was 2, is 3", pipeline(), {"num_inference_steps": 3}),
         ("negative_prompt was None, is 'ugly'", pipeline(), {"negative_prompt": "ugly"}),
@@ -182,7 +182,7 @@ def test_what_changed_is_named_and_nothing_is_drawn(finished: Any, tmp_path: Pat
         with pytest.raises(ValueError, match=f"drawn with something else: .*{message}.*give another output_dir"):
             run(folder, pipe=counted, **settings)
     assert not (tmp_path / "drawn.txt").exists()
-    assert (tables_of(folder), {name: value.tolist() for name, value in pictures_of(folder).items()}) == before
+    assert (tables_of(folder), {name: value.tolist() for name, value in images_of(folder).items()}) == before
 
 
 # The pipeline.
@@ -234,11 +234,15 @@ def test_a_pipeline_without_adapters_is_evaluated_as_it_is(tmp_path: Path):
         ({"adapters": ["c"]}, r"no soft-token adapter is named \['c'\]; loaded are \['a', 'b'\]"),
         ({"adapters": "a"}, r'adapters must be a list such as \[None, "softrepa"\]'),
         ({"adapters": []}, "adapters must be a list"),
-        ({"adapters": ["a", "a"]}, "each setting must come once"),
-        ({"seeds": 3}, r"seeds must be a list of different numbers such as \[0, 1, 2\], but is 3"),
-        ({"seeds": [1, 1]}, "seeds must be a list of different numbers"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"generator": None}, "evaluate gives the pipeline generator itself"),
+        ({"adapters": ["a", "a"]}, "the settings must differ"),
+        (
+            {"seeds": 3},
+            r"seeds must be a list of different whole numbers of at least 0, such as \[0, 1, 2\], but is 3",
+        ),
+        ({"seeds": [1, 1]}, "seeds must be a list of different whole numbers"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1"),
+        ({"generator": None}, "evaluate passes generator to the pipeline itself"),
         ({"metrics": ["fid"]}, "no metric is named 'fid'"),
         ({"prompts": []}, "there are no prompts"),
     ],
@@ -252,11 +256,14 @@ def test_what_cannot_be_evaluated_is_said_first(tmp_path: Path, settings: dict[s
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (SimpleNamespace(frames=[]), "evaluate measures pictures, but Other returns SimpleNamespace"),
-        (SimpleNamespace(images=[]), "drew 0 pictures for 1 prompts; it must draw one each"),
+        (
+            SimpleNamespace(frames=[]),
+            "evaluate needs a pipeline that returns images, but Other returns SimpleNamespace",
+        ),
+        (SimpleNamespace(images=[]), "drew 0 images for 1 prompts; it must draw one for each"),
     ],
 )
-def test_what_is_no_picture_for_each_prompt_is_refused(tmp_path: Path, output: Any, message: str):
+def test_what_is_no_image_for_each_prompt_is_refused(tmp_path: Path, output: Any, message: str):
     class Other(Counted):
         def __call__(self, prompt: Any, **arguments: Any) -> Any:
             return output
@@ -265,7 +272,7 @@ def test_what_is_no_picture_for_each_prompt_is_refused(tmp_path: Path, output: A
         run(tmp_path / "out", pipe=Other(pipeline(), tmp_path / "drawn.txt"))
 
 
-def test_pictures_that_a_safety_checker_blackened_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_images_that_a_safety_checker_blackened_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     class Checked(Counted):
         def __call__(self, prompt: Any, **arguments: Any) -> Any:
             return SimpleNamespace(images=[Image.new("RGB", (16, 16))], nsfw_content_detected=[True])
@@ -274,11 +281,11 @@ def test_pictures_that_a_safety_checker_blackened_are_told(tmp_path: Path, caplo
     assert len([record for record in caplog.records if "safety_checker=None" in record.message]) == 3
 
 
-def test_after_a_few_pictures_the_time_left_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_after_a_few_images_the_time_left_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="diffusers_softrepa"):
         run(tmp_path, metrics=[])
-    (line,) = (record.message for record in caplog.records if "s a picture" in record.message)
-    assert line.endswith(" h") and "the 15 left take about" in line
+    (line,) = (record.message for record in caplog.records if "s per image" in record.message)
+    assert line.endswith(" h") and "the remaining 15 take about" in line
 
 
 def test_metrics_are_closed_also_after_an_error(tmp_path: Path):
@@ -302,18 +309,16 @@ def test_metrics_are_closed_also_after_an_error(tmp_path: Path):
 # Numbers.
 
 
-def test_scores_are_those_of_the_pictures(finished: Any):
+def test_scores_are_those_of_the_images(finished: Any):
     folder, result, _ = finished
-    pictures = pictures_of(folder)
+    images = images_of(folder)
     for s, label in enumerate(result.settings):
         for p, prompt in enumerate(PROMPTS):
             for k, seed in enumerate((0, 1)):
-                expected = pictures[f"images/{label}/{prompt.id}-{seed}.png"].mean() / 255
+                expected = images[f"images/{label}/{prompt.id}-{seed}.png"].mean() / 255
                 assert result.scores["brightness/all"][s, p, k].item() == pytest.approx(expected, abs=1e-9)
     assert result.scores["brightness/red"].isnan().sum() == 3 * 2 * 2
-    colors = torch.tensor(
-        np.stack([pictures[f"images/a/{p.id}-{k}.png"].mean((0, 1)) for p in PROMPTS for k in (0, 1)])
-    )
+    colors = torch.tensor(np.stack([images[f"images/a/{p.id}-{k}.png"].mean((0, 1)) for p in PROMPTS for k in (0, 1)]))
     references = ColorDistance(REFERENCES).reference_features()
     expected = (colors.mean(0) / 255 - references.mean(0)).norm().item()
     assert result.distances["colors"][1] == pytest.approx(expected, abs=1e-6)
@@ -348,7 +353,7 @@ def test_differences_are_paired(finished: Any):
     assert math.isnan(result.row("base", "brightness/all").difference)
     counting = result.row("a", "brightness/all", "counting")
     assert (counting.count, counting.mean) == (4, pytest.approx(scores[1, 1:].mean().item()))
-    with pytest.raises(KeyError, match="there is no 'x'"):
+    with pytest.raises(KeyError, match="there is no score 'x' of setting 'a'"):
         result.row("a", "x")
 
 
@@ -361,7 +366,7 @@ def test_better_follows_the_direction_and_ties_count_half():
 # What is left.
 
 
-def test_the_folder_gets_tables_and_pictures(finished: Any):
+def test_the_folder_gets_tables_and_images(finished: Any):
     folder, result, _ = finished
     table = (folder / "results.md").read_text()
     assert "| setting | brightness/all ↑ | brightness/red ↑ | colors ↓ |" in table
@@ -375,7 +380,7 @@ def test_the_folder_gets_tables_and_pictures(finished: Any):
     assert again.to_dict() == result.to_dict()
     json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (3 * 128, 16 + 3 * (16 + 128))
+        assert grid.width == 3 * 256 + 2 * 4 and grid.height > 3 * 256
     with Image.open(folder / "plot.png") as plot:
         assert len(np.unique(np.asarray(plot.convert("L")))) > 20
 
@@ -408,11 +413,30 @@ def test_names_that_no_file_may_have_are_files_all_the_same(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("side", "shown"), [(32, 128), (100, 200), (200, 200), (512, 256)])
-def test_a_grid_shows_small_pictures_enlarged_and_large_ones_reduced(side: int, shown: int):
+@pytest.mark.parametrize(("side", "shown"), [(32, 256), (100, 200), (200, 200), (512, 256)])
+def test_a_grid_shows_small_images_enlarged_and_large_ones_reduced(side: int, shown: int):
     colors = Image.effect_noise((side, side), 80).convert("RGB")
     sheet = grid([[colors, colors]], ["a caption"], ["base", "adapter"])
-    assert sheet.width == 2 * shown
+    assert sheet.width == 2 * shown + 4  # with a gap
     if shown >= side:
         there = sheet.crop((0, sheet.height - shown, shown, sheet.height))
         assert there.resize((side, side), Image.Resampling.NEAREST).tobytes() == colors.tobytes()
+
+
+@pytest.mark.parametrize("caption", ["a red cat", "a red cat " * 20, "w" * 200, "жанр\nand a line", ""])
+def test_a_caption_is_whole_above_its_images(caption: str):
+    colors = ((255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0))
+    rows = [[Image.new("RGB", (90, 70), color) for color in colors[row : row + 2]] for row in (0, 2)]
+    pixels = np.asarray(grid(rows, [caption, "short"], max_side=None))
+    for number, color in enumerate(colors):
+        places = np.argwhere((pixels == color).all(-1))
+        assert len(places) == 90 * 70 and {int(column) // 94 for column in places[:, 1]} == {number % 2}
+    first = int(np.argwhere((pixels == (255, 0, 0)).all(-1))[0, 0])
+    above = pixels[:first]
+    assert (above[:, -1] == 255).all() and (above[:, 0] == 255).all()  # no letter is cut at an edge
+    assert (above.min() < 255) == bool(caption)
+
+
+def test_a_caption_of_any_length_leaves_a_grid_that_can_be_opened():
+    sheet = grid([[Image.new("RGB", (32, 32))]], ["a cat and " * 20_000])
+    assert sheet.width == 256 and sheet.height < 1000

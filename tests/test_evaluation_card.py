@@ -1,4 +1,4 @@
-"""An evaluation finds its place in the model card of an adapter, and pictures drawn elsewhere are scored alike."""
+"""An evaluation finds its place in the model card of an adapter, and images drawn elsewhere are scored alike."""
 
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_a_card_written_by_hand_is_left_alone_and_a_missing_one_is_written(resul
         add_to_card(result, adapter, dataset_name="COCO", setting="other")
 
 
-def test_card_and_picture_are_pushed(hub: Any, result: EvaluationResult, adapter: Path, tmp_path: Path):
+def test_card_and_image_are_pushed(hub: Any, result: EvaluationResult, adapter: Path, tmp_path: Path):
     token = hub.add_user("alice")
     pipe = tiny.sd15_pipeline()
     pipe.load_softrepa(adapter)
@@ -122,23 +122,23 @@ def test_card_and_picture_are_pushed(hub: Any, result: EvaluationResult, adapter
     ModelCard(card).validate()
 
 
-# Pictures drawn elsewhere.
+# Images drawn elsewhere.
 
 
-def test_pictures_drawn_elsewhere_are_scored(tmp_path: Path):
+def test_images_drawn_elsewhere_are_scored(tmp_path: Path):
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]
-    pictures[3].save(tmp_path / "3.png")
-    images = {"before": pictures[:2], "after": [pictures[2], tmp_path / "3.png"]}
+    drawn = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]
+    drawn[3].save(tmp_path / "3.png")
+    images = {"before": drawn[:2], "after": [drawn[2], tmp_path / "3.png"]}
     found = score(images, ["a cat", "a dog"], [FunctionMetric(brightness), ColorDistance(REFERENCES)])
-    expected = [np.asarray(picture).mean() / 255 for picture in pictures]
+    expected = [np.asarray(image).mean() / 255 for image in drawn]
     assert found.scores["brightness/all"].flatten().tolist() == pytest.approx(expected)
     assert found.row("after", "brightness/all").difference == pytest.approx(
         sum(expected[2:]) / 2 - sum(expected[:2]) / 2
     )
     assert len(found.distances["colors"]) == 2
-    with pytest.raises(ValueError, match="a picture for each of 2 prompts, but after has 1"):
-        score({"before": pictures[:2], "after": pictures[:1]}, ["a cat", "a dog"], [brightness])
+    with pytest.raises(ValueError, match="an image for each of 2 prompts, but after has 1"):
+        score({"before": drawn[:2], "after": drawn[:1]}, ["a cat", "a dog"], [brightness])
 
 
 def test_the_oracle_of_the_shapes_world_is_a_metric_with_skills_as_categories(monkeypatch: pytest.MonkeyPatch):

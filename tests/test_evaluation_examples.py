@@ -23,7 +23,7 @@ from diffusers_softrepa.commands import run
 from diffusers_softrepa.commands.evaluate import EvaluateOptions
 from diffusers_softrepa.commands.models import PipelineOptions
 from diffusers_softrepa.commands.settings import parse
-from diffusers_softrepa.evaluation import IMAGE_METRICS, SET_METRICS, CLIPScore, metrics
+from diffusers_softrepa.evaluation import IMAGE_METRICS, SET_METRICS, CLIPScore, Prompt, metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUIDE = Path(__file__).parents[1] / "docs" / "evaluation.md"
@@ -60,7 +60,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stand-ins for the packages of LPIPS and ImageReward."""
 
     class Network(nn.Module):
-        def __init__(self, net: str, verbose: bool) -> None:
+        def __init__(self, net: str, verbose: bool = True) -> None:
             super().__init__()
 
         def forward(self, one: Tensor, other: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
     images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
-    captions = [{"image_id": number, "id": number, "caption": f"picture {number}"} for number in range(3)]
+    captions = [{"image_id": number, "id": number, "caption": f"image {number}"} for number in range(3)]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     edits = [
         {"image": "0.jpg", "source_prompt": "a cat", "target_prompt": "a dog"},
@@ -125,11 +125,11 @@ def test_the_papers_tables_are_made_from_the_authors_files(
         assert printed.count(f"| {name} |") == 2
     assert "| image_reward ↑ | 0.942 |" in printed and "| 1.085 |" in printed and "| +0.143 |" in printed
     assert "nan" not in printed
-    pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("0*.png"))
-    assert len(pictures) == 8
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in pictures}
+    images = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("0*.png"))
+    assert len(images) == 8
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in images}
     assert script.main(argv) == 0  # a second time nothing is drawn
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in pictures} == before
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in images} == before
     assert script.main([*argv, "--edit_steps", "5"]) == 2
     assert "holds edits made with" in capsys.readouterr().err
 
@@ -155,7 +155,7 @@ def test_missing_scorers_are_left_out_with_a_sentence(
         argv[argv.index("--hps_clip") + 1] = str(models / "clip")
     assert script.main([*argv, "--debug"]) == 0
     printed = capsys.readouterr().out
-    assert "image_reward is left out: ImageReward is scored by the package image-reward" in printed
+    assert "image_reward is left out: ImageReward needs the package image-reward, which cannot be imported" in printed
     assert "lpips is left out: LPIPS compares with the images of the captions; give --images" in printed
     assert "hps is left out: HPSv2 needs its checkpoint, but there is no file" in printed
     assert "| clip ↑ | 0.26" in printed
@@ -209,20 +209,29 @@ def test_adapters_are_compared_on_a_file_of_prompts(
     assert run("evaluate", [*argv, "--steps", "2"]) == 2
     assert "num_inference_steps was 1, is 2" in capsys.readouterr().err
     assert run("evaluate", [*argv, "--adapter", "other"]) == 2
-    assert "an adapter is given as NAME=SOURCE" in capsys.readouterr().err
+    assert "an adapter must be given as NAME=SOURCE" in capsys.readouterr().err
 
 
-def test_the_python_of_the_guide_runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_python_of_the_guide_runs(models: Path, tmp_path: Path, packages: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\na red dog\n")
     shutil.copytree(models / "sd3-adapter", tmp_path / "my-tokens")
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: tiny.sd3_pipeline())
     monkeypatch.setattr(metrics, "IMAGE_METRICS", {"clip_score": lambda: CLIPScore(str(models / "clip"))})
     code = re.findall(r"<!-- run -->\n```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4
     names: dict[str, object] = {}
     for block in code:
-        exec(block.replace("28", "1"), names)
+        exec(block.replace("28", "1").replace('"cuda"', '"cpu"'), names)
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+    image.save(tmp_path / "original.png")
+    prompts = [Prompt("0", "a cat", metadata={"image": tmp_path / "original.png"})] * 2
+    reward, distance = (
+        metrics.metric.named_scores(one, [image, Image.new("RGB", (16, 16))], prompts)
+        for one in metrics.as_metrics(names["metrics"])
+    )
+    assert distance["lpips"][0] == 0 < distance["lpips"][1]
+    assert reward["image_reward"][0] == pytest.approx(np.asarray(image).mean() / 255) and not reward["image_reward"][1]
     assert "| softrepa |" in (tmp_path / "evaluation" / "results.md").read_text()
     assert "redness/all" in (tmp_path / "my-tokens" / "README.md").read_text()
 
@@ -245,10 +254,12 @@ def test_the_guide_lists_every_metric_with_its_direction_and_paper():
 def test_the_command_lines_of_the_guide_are_understood():
     text = GUIDE.read_text(encoding="utf-8")
     starts = ("softrepa evaluate ", "accelerate launch -m diffusers_softrepa evaluate ")
-    lines = [line for line in text.splitlines() if line.startswith(starts)]
+    lines = [line for line in text.replace("\\\n", "").splitlines() if line.startswith(starts)]
     assert len(lines) == 2
     for line in lines:
         _, argv = line.split(" evaluate ")
         parse("evaluate", "", (PipelineOptions, EvaluateOptions), shlex.split(argv))
-    (line,) = (line for line in text.splitlines() if line.startswith("python examples/reproduce_paper.py"))
+    (line,) = (
+        line for line in text.replace("\\\n", "").splitlines() if line.startswith("python examples/reproduce_paper.py")
+    )
     example("reproduce_paper").parser().parse_args(shlex.split(line)[2:])

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig
 from PIL import Image
 
 import tiny
-from diffusers_softrepa.evaluation import LPIPS, GenEval, Prompt, load_prompts
+from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, GenEval, Prompt, load_prompts
 from diffusers_softrepa.evaluation.lengths import check_lengths
 from diffusers_softrepa.evaluation.provenance import CutImage, facts_of, save_with_facts
-from evaluation_runs import PROMPTS, Counted, pipeline, run
+from diffusers_softrepa.evaluation.writing import write_result
+from evaluation_runs import PROMPTS, Counted, brightness, pipeline, run
 
 SHORT: dict[str, Any] = {"adapters": [None, "a"], "seeds": [0], "metrics": [], "prompts": PROMPTS[:2]}
 
@@ -54,7 +57,7 @@ def test_an_image_that_is_cut_at_any_byte_is_no_whole_image(tmp_path: Path):
     whole = path.read_bytes()
     for length in (0, 1, 8, 40, len(whole) // 2, len(whole) - 20):
         path.write_bytes(whole[:length])
-        with pytest.raises(CutImage, match="is no whole image"):
+        with pytest.raises(CutImage, match="is truncated, damaged or not an image"):
             facts_of(path)
 
 
@@ -95,7 +98,7 @@ def test_without_a_manifest_images_are_still_not_mixed_with_others(copy: Path, t
         again(copy, tmp_path / "log.txt", prompts=[Prompt("0", "a blue cat")])
     assert not (copy / "manifest.json").exists()
     assert again(copy, tmp_path / "log.txt") == []
-    assert len(json.loads((copy / "manifest.json").read_text())["pictures"]) == 4
+    assert len(json.loads((copy / "manifest.json").read_text())["images"]) == 4
 
 
 def test_a_cut_image_is_drawn_again_and_is_the_same(
@@ -105,7 +108,7 @@ def test_a_cut_image_is_drawn_again_and_is_the_same(
     cut.write_bytes(cut.read_bytes()[:200])
     assert len(again(copy, tmp_path / "log.txt")) == 1
     assert cut.read_bytes() == (drawn / "images" / "a" / "1-0.png").read_bytes()
-    assert f"{cut} is no whole image, and is drawn again" in caplog.messages
+    assert f"{cut} is truncated or damaged and will be drawn again" in caplog.messages
 
 
 @pytest.mark.parametrize("how", ["another prompt's", "another setting's", "somebody else's"])
@@ -141,14 +144,14 @@ def test_a_seed_is_a_whole_number_from_0(tmp_path: Path, seeds: Any):
         ([{"prompt": "a", "id": True}], "the id must be a string"),
         ([{"prompt": "a", "id": " "}], "each prompt needs an id"),
         ([{"prompt": "a", "category": {"x": 1}}], "the category must be a string or a whole number"),
-        ([{"prompt": ["a"]}], "a prompt must be a text, but number 0 of the list has"),
-        ([{"prompt": "  "}], "a prompt must be a text"),
+        ([{"prompt": ["a"]}], "a prompt must be a string that is not empty, but number 0 of the list has"),
+        ([{"prompt": "  "}], "a prompt must be a string that is not empty"),
         ([Prompt("x", 3)], "the text of a prompt must be a string, but is 3"),  # type: ignore[arg-type]
         ([Prompt(3, "x")], "the id of a prompt must be a string"),  # type: ignore[arg-type]
         ([Prompt("x", "y", 3)], "the category of a prompt must be a string"),  # type: ignore[arg-type]
-        ([Prompt("x", "y", "")], "a category must have a name"),
-        ([Prompt("x", "half \ud83d")], "holds half a character"),
-        ([Prompt("x\0", "y")], "holds half a character or a zero"),
+        ([Prompt("x", "y", "")], "the category of prompt 'x' is empty"),
+        ([Prompt("x", "half \ud83d")], "has a lone surrogate"),
+        ([Prompt("x\0", "y")], "has a lone surrogate or a null character"),
         ([Prompt("Cat", "y"), Prompt("cat", "z")], "ids must differ in more than case"),
     ],
 )
@@ -183,14 +186,8 @@ def test_one_encoder_that_reads_a_prompt_to_its_end_is_enough():
 
 
 def test_metrics_say_what_prompts_lack_before_anything_is_drawn(tmp_path: Path):
-    missing = [Prompt("0", "a cat", metadata={"image": str(tmp_path / "nowhere.jpg")})]
-    for metric, prompts, message in (
-        (LPIPS(), PROMPTS, "prompt '0' has no metadata 'image'"),
-        (LPIPS(), missing, "nowhere.jpg, the image of prompt '0'; it is not there"),
-        (GenEval(), PROMPTS, "prompt '0' has no 'include'"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            run(tmp_path / "out", **SHORT | {"prompts": prompts, "metrics": [metric]})
+    with pytest.raises(ValueError, match="prompt '0' has no 'include'"):
+        run(tmp_path / "out", **SHORT | {"metrics": [GenEval()]})
     assert not (tmp_path / "out").exists()
 
 
@@ -198,3 +195,142 @@ def test_a_pipeline_whose_tokenizer_names_no_limit_takes_any_prompt():
     pipe = tiny.sd15_pipeline()
     pipe.tokenizer.model_max_length = 10**30
     check_lengths(pipe, [Prompt("0", "a cat " * 100)], {})
+
+
+# Further ways to mislead.
+
+
+def refused(folder: Path, log: Path, message: str, **more: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        again(folder, log, **more)
+    assert not log.exists()
+
+
+def test_a_lora_whose_scale_or_activity_changed_is_seen(tmp_path: Path):
+    def with_lora(scale: float, *, active: bool = True) -> Any:
+        pipe = pipeline()
+        torch.manual_seed(1)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+        pipe.set_adapters("style", scale)
+        if not active:
+            pipe.disable_lora()
+        return pipe
+
+    folder, log = tmp_path / "out", tmp_path / "log.txt"
+    assert len(again(folder, log, pipe=with_lora(1.0))) == 4
+    log.unlink()
+    assert again(folder, log, pipe=with_lora(1.0)) == []
+    refused(folder, log, "LoRA of unet was", pipe=with_lora(0.5))
+    refused(folder, log, "LoRA of unet was", pipe=with_lora(1.0, active=False))
+    refused(folder, log, "weights of unet was", pipe=pipeline())
+
+
+def test_weights_that_went_through_half_precision_are_seen(copy: Path, tmp_path: Path):
+    other = pipeline()
+    other.text_encoder.to(torch.bfloat16)
+    refused(copy, tmp_path / "log.txt", "weights of text_encoder was", pipe=other)
+
+
+def test_a_manifest_that_was_edited_to_fit_does_not_excuse_the_images(copy: Path, tmp_path: Path):
+    path = copy / "manifest.json"
+    path.write_text(path.read_text().replace('"num_inference_steps": 2', '"num_inference_steps": 3'))
+    refused(copy, tmp_path / "log.txt", r"-0\.png was drawn with something else", num_inference_steps=3)
+
+
+def test_a_prompt_of_a_hundred_thousand_characters_is_refused_or_drawn_and_never_breaks_a_file(tmp_path: Path):
+    endless = [Prompt("endless", "a red cat and жанр " * 6000)]
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"prompt 'endless' has .* tokens") as caught:
+        run(folder, **SHORT | {"prompts": endless})
+    assert len(str(caught.value)) < 500 and not folder.exists()
+    for _ in range(2):  # the second time nothing is drawn
+        assert len(again(folder, tmp_path / "log.txt", prompts=endless, allow_truncation=True)) == 2
+    with Image.open(folder / "grid.png") as sheet:
+        assert sheet.height < 1500
+    assert EvaluationResult.load(folder).texts == [endless[0].text]
+
+
+def test_names_of_settings_that_differ_in_case_alone_are_refused(tmp_path: Path):
+    pipe = pipeline()
+    pipe.add_softrepa(adapter_name="A")
+    with pytest.raises(ValueError, match="settings must differ in more than case"):
+        run(tmp_path / "out", pipe=pipe, **SHORT | {"adapters": ["a", "A"]})
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), None, "x", [1.0, 0.5]])
+def test_a_weight_that_is_no_number_is_refused_before_anything_is_drawn(tmp_path: Path, weight: Any):
+    with pytest.raises(ValueError, match="the weight of 'a' must be a finite number, but is"):
+        run(tmp_path / "out", **SHORT | {"adapters": [{"a": weight}]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_metrics_cannot_write_one_score(tmp_path: Path):
+    one = FunctionMetric(lambda images, prompts: {"x": [0.0] * len(images)}, "m")
+    other = FunctionMetric(lambda images, prompts: [1.0] * len(images), "m/x")
+    with pytest.raises(ValueError, match="two metrics return scores named m/x"):
+        run(tmp_path / "out", **SHORT | {"metrics": [one, other]})
+
+
+def test_an_infinite_score_shows_and_breaks_no_table(tmp_path: Path):
+    endless = FunctionMetric(lambda images, prompts: [float("inf")] * len(images), "m")
+    result = run(tmp_path / "out", **SHORT | {"metrics": [endless]})
+    assert "inf" in result.to_markdown()
+
+
+def test_lines_of_a_file_are_its_prompts_whatever_stands_inside_them(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\u2028on a mat\r\n\x0ba dog\n\n".encode())
+    assert [prompt.text for prompt in load_prompts(tmp_path / "a.txt")] == ["a cat\u2028on a mat", "a dog"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*a\.jsonl is not JSON"):
+        load_prompts(tmp_path / "a.jsonl")
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\na cat\tAnimals\textra\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*a\.tsv has 3 cells, but the first line names 2"):
+        load_prompts(tmp_path / "a.tsv")
+    (tmp_path / "a.txt").write_bytes("жанр".encode("cp1251"))
+    with pytest.raises(ValueError, match=r"line 1 of .*a\.txt is not UTF-8"):
+        load_prompts(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"id": 1}], "annotations": []},
+        {"images": [], "annotations": [{"image_id": 1, "caption": None}]},
+        {"images": [{"id": "x", "file_name": "a.jpg"}], "annotations": []},
+        {"images": 3, "annotations": []},
+        [],
+    ],
+)
+def test_a_file_that_is_not_cocos_says_so(tmp_path: Path, content: Any):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"must be a COCO captions file, with `images` \(id, file_name\)"):
+        load_prompts(tmp_path / "a.json")
+
+
+def test_a_result_that_was_cut_or_is_another_file_says_so(copy: Path, tmp_path: Path):
+    again(copy, tmp_path / "log.txt", metrics=[FunctionMetric(brightness)])
+    path = copy / "results.json"
+    whole = path.read_text()
+    for text in (whole[:-40], "{}", "[]", whole.replace('"seeds": [\n  0', '"seeds": [\n  0, 1')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"results\.json is not"):
+            EvaluationResult.load(copy)
+
+
+def test_result_files_are_written_whole_or_not_at_all(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    result, kept = EvaluationResult.load(copy), Image.new("RGB", (8, 8))
+
+    def full(partial: Any, path: Any, **_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers_softrepa.files.move_into_place", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_result(result, copy, kept, None)
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+
+def test_a_plot_of_an_earlier_evaluation_does_not_stay_beside_new_numbers(copy: Path, tmp_path: Path):
+    (copy / "plot.png").write_bytes(b"old")
+    again(copy, tmp_path / "log.txt")  # no metrics, so there is nothing to plot
+    assert not (copy / "plot.png").exists()

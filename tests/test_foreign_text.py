@@ -17,9 +17,9 @@ import tiny
 from diffusers_softrepa import SoftREPAConfig, load_softrepa
 from diffusers_softrepa.adapter import adapters_of
 from diffusers_softrepa.card import (
+    images_of,
     metadata_of,
     model_card,
-    pictures_of,
     refreshed,
     section,
     words_by_hand,
@@ -212,7 +212,7 @@ def test_foreign_text_in_markdown_is_nothing_but_text(text: str):
     assert "://" not in shown and "www." not in shown
     assert not re.match(r"[-+#=]($|[\s-])|\d+[.)](\s|$)|#|=", shown)
     card = CARD_TEXT + section("training", f"- {shown}\n\n| {shown} |") + "\n"
-    assert words_by_hand(card) == "" and pictures_of(card) == []
+    assert words_by_hand(card) == "" and images_of(card) == []
     assert refreshed(card, CARD_TEXT) == card
 
 
@@ -270,7 +270,7 @@ def test_any_metadata_are_survived_and_the_sections_still_brought_up_to_date(cas
     again = refreshed(card, str(model_card(config(num_tokens=7), "user/tokens")))
     assert time.perf_counter() - start < 10
     assert "| tokens per layer | 7 |" in again
-    assert isinstance(metadata_of(card), dict) and pictures_of(card) == []
+    assert isinstance(metadata_of(card), dict) and images_of(card) == []
 
 
 HUGE = {
@@ -290,7 +290,7 @@ def test_a_card_is_read_in_time_proportional_to_its_size(case: str):
     start = time.perf_counter()
     refreshed(HUGE[case], CARD_TEXT)
     words_by_hand(HUGE[case])
-    pictures_of(HUGE[case])
+    images_of(HUGE[case])
     assert time.perf_counter() - start < 10  # a quadratic pattern takes minutes
 
 

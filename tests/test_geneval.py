@@ -188,7 +188,7 @@ def test_other_prompts_and_unknown_classes_are_refused(clip: Path):
     with pytest.raises(ValueError, match="prompt '7' has no 'include'"):
         metric.score([Image.new("RGB", (8, 8))], [Prompt("7", "a cat")])
     task = {"include": [{"class": "unicorn", "count": 1}]}
-    with pytest.raises(ValueError, match="the detector knows no unicorn, which prompt '7' asks for"):
+    with pytest.raises(ValueError, match="the detector does not know unicorn, which prompt '7' asks for"):
         metric.score([Image.new("RGB", (8, 8))], [Prompt("7", "a unicorn", metadata=task)])
 
 

@@ -1,5 +1,6 @@
 """Laws of what trainers have: caches without encoders, empty prompts, min-SNR, resolutions, optimizers, offloading."""
 
+import math
 import sys
 import types
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_text_encoders_stay_off_the_device_but_while_captions_are_encoded(tmp_pa
     run = trainer(tmp_path / "one", cache_text=True, cache_dir=str(tmp_path / "cache"), **SHORT)
     with preparation.prepared(run.pipeline, run.args, run.accelerator.device):
         assert "transformer" in placed and not any(name.startswith("text_encoder") for name in placed)
-        run.encoder.fill(run.train_examples, run.accelerator, held_out=run.eval_examples)
+        run.encoder.fill(run.train_examples, run.accelerator, eval_examples=run.eval_examples)
         assert sum(name.startswith("text_encoder") for name in placed) == 6  # there and back
         run.encoder.encode_captions(list(run.eval_examples.captions()))
         assert sum(name.startswith("text_encoder") for name in placed) == 6
@@ -111,7 +112,7 @@ def test_an_epoch_has_every_image_once_in_each_resolution():
 
 
 def test_cached_latents_of_several_resolutions_train_like_those_of_one(tmp_path: Path):
-    settings = {**SHORT, "held_out": 12}
+    settings = {**SHORT, "num_eval": 12}
     run = trainer(
         tmp_path, data="buckets", further_resolutions=[32], aspect_buckets=True, cache_latents=True, **settings
     )
@@ -200,6 +201,23 @@ def test_a_compiled_base_trains_the_same_tokens_and_is_not_compiled_afterwards(t
     assert all(part._compiled_call_impl is None for part in pipe.transformer.modules())
 
 
+def test_text_encoders_in_half_precision_get_that_of_the_denoiser(tmp_path: Path):
+    """As `from_pretrained` loads them without a dtype: transformers in the stored precision, diffusers in float32."""
+    pipe = pipeline()
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        getattr(pipe, name).half()
+    train(pipe, tmp_path, validation_prompts=["a cat"], num_validation_inference_steps=1)
+    assert {part.dtype for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_3)} == {torch.float32}
+    assert len(list((tmp_path / "validation").glob("*.png"))) == 2
+
+
+def test_a_resolution_beyond_the_position_embeddings_names_the_setting(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"images of up to \d+ px a side, but resolution=4096 makes .* smaller resolution"
+    ):
+        trainer(tmp_path, resolution=4096)
+
+
 class AveragingSGD(torch.optim.SGD):
     """A schedule-free optimizer in small: trains at one point, and has another in `eval`."""
 
@@ -219,7 +237,8 @@ def test_optimizers_have_short_names_where_their_package_is_installed(monkeypatc
         ("schedule-free", "schedulefree"),
         ("adamw_8bit", "bitsandbytes"),
     ):
-        monkeypatch.setitem(sys.modules, package, None)
+        for module in (package, f"{package}.optim"):
+            monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=f"needs a package that is not installed .* pip install {package}"):
             make_optimizer(ContrastiveFlowMatchingArguments(optim=name), [parameter])
     monkeypatch.setitem(sys.modules, "prodigyopt", types.SimpleNamespace(Prodigy=torch.optim.Adam))
@@ -235,7 +254,93 @@ def test_the_average_of_a_schedule_free_optimizer_is_what_is_saved(monkeypatch: 
     with average.in_place():
         assert_close(parameter.data, torch.ones(3))
     assert_close(parameter.data, torch.zeros(3))
-    average.settle()
+    average.make_final()
     assert_close(parameter.data, torch.ones(3))
     with pytest.raises(ValueError, match="averages the tokens itself; leave out ema_decay"):
         make_optimizer(ContrastiveFlowMatchingArguments(optim="schedule_free", ema_decay=0.9), [parameter])
+
+
+# Packages that are not among the test requirements; each test says which one it misses.
+
+OPTIMIZERS = {
+    "prodigy": "prodigyopt",
+    "schedule_free": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
+    "adamw_8bit": "bitsandbytes",
+    "lion_8bit": "bitsandbytes",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_an_optimizer_of_another_package_trains_and_resumes_bit_by_bit(optim: str, tmp_path: Path):
+    pytest.importorskip(OPTIMIZERS[optim])
+    settings = {
+        **{"optim": optim, "optim_args": "{}", "lr_scheduler": "constant", "save_steps": 1},
+        "learning_rate": 1.0 if optim == "prodigy" else 0.01,
+    }
+    whole = train(pipeline(), tmp_path / "whole", **settings)
+    begun = train(pipeline(), tmp_path / "half", **settings | {"max_steps": 1, "eval_steps": 1})  # evaluates at step 1
+    resumed = train(pipeline(), tmp_path / "half", **settings, resume_from_checkpoint="latest")
+    assert torch.equal(resumed, whole) and not torch.equal(begun, whole)
+
+
+def int8_weights(denoiser: torch.nn.Module) -> None:
+    package = pytest.importorskip("torchao.quantization")
+    package.quantize_(denoiser, package.Int8WeightOnlyConfig())
+
+
+def quanto_int8(denoiser: torch.nn.Module) -> None:
+    package = pytest.importorskip("optimum.quanto")
+    package.quantize(denoiser, weights=package.qint8)
+    package.freeze(denoiser)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantise", [int8_weights, quanto_int8])
+@pytest.mark.parametrize("how", [{}, {"mixed_precision": "bf16"}, {"gradient_checkpointing": True}])
+def test_a_quantised_base_trains_resumes_and_stays_as_it_was(quantise: Any, how: dict[str, Any], tmp_path: Path):
+    settings = {"save_steps": 1, "eval_steps": 9, **how}
+    pipe = pipeline()
+    quantise(pipe.transformer)
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    args = ContrastiveFlowMatchingArguments(output_dir=str(tmp_path / "whole"), **QUICK | SHORT | settings)
+    run = ContrastiveFlowMatchingTrainer(pipe, args, rows(), rows(4, seed=1))
+    fresh = run.parameters[0].detach().clone()
+    run.train()
+    assert not torch.equal(run.parameters[0], fresh)
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    for name, value in pipe.transformer.state_dict().items():
+        assert plain(value).equal(plain(before[name]).to(plain(value).dtype)), name
+    for steps, further in ((1, {}), (2, {"resume_from_checkpoint": "latest"})):
+        pipe = pipeline()
+        quantise(pipe.transformer)
+        resumed = train(pipe, tmp_path / "half", **settings | {"max_steps": steps} | further)
+    assert torch.equal(resumed, tokens(tmp_path / "whole"))
+
+
+def plain(value: torch.Tensor) -> torch.Tensor:
+    return value.dequantize() if hasattr(value, "dequantize") and type(value) is not torch.Tensor else value
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_with_quantised_activations_is_refused(tmp_path: Path):
+    package = pytest.importorskip("torchao.quantization")
+    pipe = pipeline()
+    package.quantize_(pipe.transformer, package.Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(ValueError, match=r"training needs gradients .* passes none; quantise the weights alone"):
+        train(pipe, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_base_that_is_group_offloaded_trains_the_same_tokens(tmp_path: Path):
+    found = []
+    for name in ("plain", "offloaded"):
+        pipe = pipeline()
+        int8_weights(pipe.transformer)
+        if name == "offloaded":
+            cpu = torch.device("cpu")
+            apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="leaf_level")
+        found.append(train(pipe, tmp_path / name))
+    assert_close(*found)

@@ -371,8 +371,14 @@ def test_a_pickle_in_a_repository_is_not_even_downloaded(hub: Any, denoiser: Any
 
 def test_a_repository_of_another_method_says_so(hub: Any, denoiser: Any):
     hub.add_repo("alice/lora", {"pytorch_lora_weights.safetensors": b"..."})
-    with pytest.raises(OSError, match=r"alice/lora has no file adapter_model\.safetensors"):
+    with pytest.raises(OSError, match=r"alice/lora has no file adapter_model\.safetensors; it holds a LoRA; load it"):
         load_softrepa(denoiser, "alice/lora")
+    hub.add_repo("alice/other", {"part/ip-adapter_sd15.bin": b"...", "model.safetensors": b"..."})
+    with pytest.raises(OSError, match=r"has no file .*; it holds an IP-Adapter; load it with pipe\.load_ip_adapter"):
+        load_softrepa(denoiser, "alice/other", subfolder="part")
+    for kwargs in ({}, {"subfolder": "par"}, {"subfolder": "part", "weight_name": "x.safetensors", "revision": "dev"}):
+        with pytest.raises(OSError, match=r"has no (file .* give weight_name= or subfolder=|revision 'dev')"):
+            load_softrepa(denoiser, "alice/other", **kwargs)
 
 
 # Cache

@@ -380,3 +380,32 @@ def test_no_picture_outside_the_folder_is_pushed_whatever_the_card_names(hub: An
 
 def test_the_pauses_grow():
     assert list(our_hub.RETRY_PAUSES) == sorted(set(our_hub.RETRY_PAUSES))
+
+
+WRONG_TYPES: list[tuple[str, Any]] = [
+    *[(name, value) for name in ("revision", "subfolder", "weight_name") for value in (3, b"x", ["a"], Path("a"), {})],
+    *[("token", value) for value in (b"hf_secret", 3, ["hf_secret"], Path("hf_secret"))],
+    *[("cache_dir", value) for value in (3, b"x", ["a"], True)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES, ids=repr)
+def test_an_option_of_a_wrong_type_is_refused_before_anything_is_asked_for(
+    denoiser: nn.Module, hub: Any, files: dict[str, bytes], name: str, value: Any
+):
+    text = refused(denoiser, TypeError, f"^{name} must be a", **{name: value})
+    assert "secret" not in text and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "source", [3, b"alice/tokens", None, ["a", "b"], object(), torch.zeros(2)], ids=lambda s: type(s).__name__
+)
+def test_a_source_of_a_wrong_type_is_refused(denoiser: nn.Module, source: Any):
+    refused(denoiser, TypeError, "is loaded from a Hub repository id, a path or a state dict, but source is", source)
+
+
+@pytest.mark.parametrize("revision", [3, b"main", ["main"]])
+def test_nothing_is_pushed_to_a_revision_of_a_wrong_type(hub: Any, folder: Path, revision: Any):
+    with pytest.raises(TypeError, match="revision must be a string or None, but is"):
+        push_folder(folder, REPO, [WEIGHTS], revision=revision)
+    assert hub.requests == []

@@ -42,17 +42,17 @@ def pipe(request: pytest.FixtureRequest) -> DiffusionPipeline:
     return made
 
 
-def picture(count: int = 1) -> Tensor:
+def image(count: int = 1) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 
 def encoded(pipe: DiffusionPipeline) -> Tensor:
-    return conditioner_of(pipe).encode_images(2 * picture() - 1)
+    return conditioner_of(pipe).encode_images(2 * image() - 1)
 
 
 def round_trip_error(pipe: DiffusionPipeline, steps: int, substitutions: int = 1) -> float:
     settings: dict[str, Any] = {"num_inference_steps": steps}
-    noise = invert(pipe, picture(), PROMPT, num_substitutions=substitutions, **settings)
+    noise = invert(pipe, image(), PROMPT, num_substitutions=substitutions, **settings)
     again = regenerate(pipe, noise, PROMPT, **settings, **LATENTS)
     return ((again - encoded(pipe)).norm() / encoded(pipe).norm()).item()
 
@@ -81,7 +81,7 @@ def test_ddim_inversion_is_that_of_diffusers():
         for timestep in scheduler.timesteps:
             epsilon = pipe.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
             latents = scheduler.step(epsilon, timestep, latents, return_dict=False)[0]
-    ours = invert(pipe, picture(), PROMPT, num_inference_steps=6)
+    ours = invert(pipe, image(), PROMPT, num_inference_steps=6)
     assert_close(ours / latents.abs().max(), latents / latents.abs().max(), rtol=0.0, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_euler_inversion_climbs_the_flow(pipe: DiffusionPipeline):
     with torch.no_grad():
         for low, high in pairwise(sigmas):
             latents = latents + (high - low) * conditioner.predict(latents, 1000 * high[None], text)
-    assert_close(invert(pipe, picture(), PROMPT, num_inference_steps=5), latents)
+    assert_close(invert(pipe, image(), PROMPT, num_inference_steps=5), latents)
 
 
 def level(kind: str, noise: float) -> Level:
@@ -144,22 +144,22 @@ def test_drawing_again_is_what_the_pipeline_draws_of_that_noise(pipe: DiffusionP
 def test_unets_are_inverted_by_ddim_whatever_the_sampler(sampler: Any):
     pipe = PIPELINES["sd15"]()
     pipe.set_progress_bar_config(disable=True)
-    expected = invert(pipe, picture(), PROMPT, num_inference_steps=3)
+    expected = invert(pipe, image(), PROMPT, num_inference_steps=3)
     pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-    assert_close(invert(pipe, picture(), PROMPT, num_inference_steps=3), expected)
+    assert_close(invert(pipe, image(), PROMPT, num_inference_steps=3), expected)
     assert isinstance(pipe.scheduler, sampler)
 
 
 @every_pipeline
 def test_another_prompt_and_an_adapter_change_what_is_drawn(pipe: DiffusionPipeline):
     settings: dict[str, Any] = {"num_inference_steps": 3}
-    noise = invert(pipe, picture(), PROMPT, **settings)
+    noise = invert(pipe, image(), PROMPT, **settings)
     source, other = (regenerate(pipe, noise, text, **settings, **LATENTS) for text in (PROMPT, OTHER))
     pipe.add_softrepa()
     for parameter in pipe.softrepa_parameters().values():
         torch.nn.init.normal_(parameter)
     adapted = regenerate(pipe, noise, PROMPT, **settings, **LATENTS)
-    inverted = invert(pipe, picture(), PROMPT, **settings)
+    inverted = invert(pipe, image(), PROMPT, **settings)
     pipe.disable_softrepa()
     assert_close(regenerate(pipe, noise, PROMPT, **settings, **LATENTS), source, rtol=0.0, atol=0.0)
     for one, two in ((other, source), (adapted, source), (inverted, noise)):
@@ -169,8 +169,8 @@ def test_another_prompt_and_an_adapter_change_what_is_drawn(pipe: DiffusionPipel
 
 def test_a_batch_goes_there_and_back_as_its_images_alone(pipe: DiffusionPipeline):
     settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
-    noise = invert(pipe, picture(2), [PROMPT, OTHER], **settings)
-    alone = [invert(pipe, image, text, **settings) for image, text in zip(picture(2), (PROMPT, OTHER), strict=True)]
+    noise = invert(pipe, image(2), [PROMPT, OTHER], **settings)
+    alone = [invert(pipe, image, text, **settings) for image, text in zip(image(2), (PROMPT, OTHER), strict=True)]
     assert_close(noise, torch.cat(alone), rtol=1e-4, atol=1e-4)
     drawn = regenerate(pipe, noise[:1], [PROMPT, OTHER], **settings)
     assert len(drawn) == 2 and drawn[0].size == (16, 16)
@@ -179,21 +179,21 @@ def test_a_batch_goes_there_and_back_as_its_images_alone(pipe: DiffusionPipeline
 def test_the_scheduler_is_left_as_it_was(pipe: DiffusionPipeline):
     pipe.scheduler.set_timesteps(7)
     before = {name: str(value) for name, value in vars(pipe.scheduler).items()}
-    noise = invert(pipe, picture(), PROMPT, num_inference_steps=2)
+    noise = invert(pipe, image(), PROMPT, num_inference_steps=2)
     regenerate(pipe, noise, PROMPT, num_inference_steps=2)
     assert {name: str(value) for name, value in vars(pipe.scheduler).items()} == before
 
 
 def test_what_cannot_be_inverted_is_refused(pipe: DiffusionPipeline):
     with pytest.raises(ValueError, match="num_substitutions must be at least 1 but got 0"):
-        invert(pipe, picture(), PROMPT, num_substitutions=0)
+        invert(pipe, image(), PROMPT, num_substitutions=0)
     with pytest.raises(ValueError, match="num_inference_steps must be a positive integer but got 0"):
-        invert(pipe, picture(), PROMPT, num_inference_steps=0)
+        invert(pipe, image(), PROMPT, num_inference_steps=0)
     with pytest.raises(ValueError, match="there are 2 images, 3 prompts, 1 negative prompts"):
-        invert(pipe, picture(2), [PROMPT] * 3)
+        invert(pipe, image(2), [PROMPT] * 3)
     with pytest.raises(ValueError, match=r"needs latents \(n, 4, h, w\) .* but they are \(1, 3, 16, 16\)"):
-        regenerate(pipe, picture(), PROMPT)
-    with pytest.raises(ValueError, match=r"latents must be \(n, C, h, w\) .* but are of shape \(1, 4, 64\)"):
+        regenerate(pipe, image(), PROMPT)
+    with pytest.raises(ValueError, match=r"latents must have the shape \(n, C, h, w\), .* but have \(1, 4, 64\)"):
         regenerate(pipe, torch.zeros(1, 4, 64), PROMPT)
     with pytest.raises(ValueError, match="output_type must be one of"):
         regenerate(pipe, torch.zeros(1, 4, 8, 8), PROMPT, output_type="jpg")

@@ -15,7 +15,7 @@ from diffusers_softrepa.convert import export_anima, import_anima, read_anima
 from diffusers_softrepa.evaluation.gallery import MANIFEST_NAME, _read_manifest
 
 OURS = str(Path(diffusers_softrepa.__file__).parent)
-SOUND = {"format": 1, "pipeline": {}, "arguments": {"a": float("inf")}, "settings": {}, "prompts": {}, "pictures": []}
+SOUND = {"format": 1, "pipeline": {}, "arguments": {"a": float("inf")}, "settings": {}, "prompts": {}, "images": []}
 
 
 def test_a_sound_manifest_is_read_with_values_that_json_does_not_know(tmp_path: Path):

@@ -2,9 +2,7 @@
 
 import math
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,12 +19,10 @@ from diffusers_softrepa.evaluation import (
     CMMD,
     FDCLIP,
     IMAGE_METRICS,
-    LPIPS,
     SET_METRICS,
     CLIPScore,
     FDDINOv2,
     HPSv2,
-    ImageReward,
     PickScore,
     Prompt,
     VQAScore,
@@ -44,13 +40,13 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
-def pictures(count: int = 3, *, seed: int = 0) -> list[Image.Image]:
+def make_images(count: int = 3, *, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def pixels(image: Image.Image, mean: Tensor = MEAN, std: Tensor = STD, side: int = scorers.SIDE) -> Tensor:
-    """Returns a square picture as a CLIP model reads it, (1, 3, side, side)."""
+    """Returns a square image as a CLIP model reads it, (1, 3, side, side)."""
     small = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
     return ((torch.from_numpy(small.copy()).float() / 255 - mean) / std).permute(2, 0, 1)[None]
 
@@ -67,7 +63,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def cosines(folder: Path, images: list[Image.Image], texts: list[str]) -> Tensor:
-    """Returns cosines, one picture and one unpadded text at a time."""
+    """Returns cosines, one image and one unpadded text at a time."""
     model, tokenizer = CLIPModel.from_pretrained(folder), tiny.clip_tokenizer()
     found = []
     for image, text in zip(images, texts, strict=True):
@@ -92,20 +88,20 @@ def test_clip_score_is_two_and_a_half_times_the_cosine_above_zero(clip: Path, tm
     model.text_projection.weight.data *= sign
     shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
     model.save_pretrained(tmp_path)
-    expected = cosines(tmp_path, pictures(), [f"A photo depicts {prompt.text}" for prompt in PROMPTS])
+    expected = cosines(tmp_path, make_images(), [f"A photo depicts {prompt.text}" for prompt in PROMPTS])
     assert expected.abs().min() > 0.01
-    found = scored(CLIPScore(str(tmp_path)), pictures())
+    found = scored(CLIPScore(str(tmp_path)), make_images())
     torch.testing.assert_close(found, 2.5 * expected.clamp(min=0), atol=1e-5, rtol=0)
 
 
 def test_without_weight_and_prefix_it_is_the_plain_cosine(clip: Path):
-    expected = cosines(clip, pictures(), [prompt.text for prompt in PROMPTS])
-    found = scored(CLIPScore(str(clip), weight=1.0, prefix="", name="clip"), pictures())
+    expected = cosines(clip, make_images(), [prompt.text for prompt in PROMPTS])
+    found = scored(CLIPScore(str(clip), weight=1.0, prefix="", name="clip"), make_images())
     torch.testing.assert_close(found, expected.clamp(min=0), atol=1e-5, rtol=0)
 
 
 def test_pick_score_is_the_cosine_at_the_models_scale(clip: Path):
-    images = pictures()
+    images = make_images()
     expected = math.exp(1.5) * cosines(clip, images, [prompt.text for prompt in PROMPTS])
     assert expected.abs().min() > 0.01
     torch.testing.assert_close(scored(PickScore(str(clip), str(clip)), images), expected, atol=1e-5, rtol=0)
@@ -120,7 +116,7 @@ def hps(tmp_path: Path) -> tuple[scorers.OpenClip, Path, Path]:
 @torch.no_grad()
 def test_hps_of_an_open_clip_checkpoint_is_the_cosine_of_that_model(hps: Any):
     model, weights, processing = hps
-    images, tokenizer = pictures(), tiny.clip_tokenizer()
+    images, tokenizer = make_images(), tiny.clip_tokenizer()
     expected = [
         (
             unit(model.visual(pixels(image))) * unit(model.text(torch.tensor([tokenizer(prompt.text)["input_ids"]])))
@@ -137,10 +133,10 @@ def test_another_checkpoint_is_refused_by_name(hps: Any, tmp_path: Path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="must be an open_clip CLIP, but holds 'weight'"):
         HPSv2(weights=tmp_path / "other.pt", processing=str(processing)).setup(CPU)
-    with pytest.raises(OSError, match=r"there is no file .*nowhere.pt; give weights= its path"):
+    with pytest.raises(OSError, match=r"there is no file .*nowhere.pt; pass its path as weights"):
         HPSv2(weights=tmp_path / "nowhere.pt", processing=str(processing)).setup(CPU)
     (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match="is no checkpoint of tensors alone"):
+    with pytest.raises(ValueError, match="is not a checkpoint that holds only tensors"):
         HPSv2(weights=tmp_path / "pickle.pt", processing=str(processing)).setup(CPU)
     with pytest.raises(ValueError, match="has the versions"):
         HPSv2("v3")  # type: ignore[arg-type]
@@ -164,7 +160,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def test_vqa_score_is_the_probability_of_the_answer(llava: Path, answer: str):
     model, processor = LlavaForConditionalGeneration.from_pretrained(llava), AutoProcessor.from_pretrained(llava)
-    images, expected = pictures(), []
+    images, expected = make_images(), []
     for image, prompt in zip(images, PROMPTS, strict=True):
         text = f'USER: <image> Does this figure show "{prompt.text}"? Please answer yes or no. ASSISTANT:'
         probability = torch.ones(())
@@ -197,11 +193,11 @@ def test_the_frechet_distance_is_that_of_the_formula():
     expected = (mean[0] - mean[1]).square().sum() + (cov[0] + cov[1]).trace() - 2 * values.sqrt().sum().real
     assert frechet_distance(one, other) == pytest.approx(expected.item(), abs=1e-9)
     assert frechet_distance(one.float(), one.float()) == pytest.approx(0, abs=1e-5)
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         frechet_distance(one[:1], other)
 
 
-def test_fewer_pictures_than_features_have_a_frechet_distance():
+def test_fewer_images_than_features_have_a_frechet_distance():
     one, other = torch.randn(5, 20), torch.randn(4, 20)
     assert 0 < frechet_distance(one, other) < 1000
     assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one), rel=1e-6)
@@ -221,7 +217,7 @@ def test_the_discrepancy_is_that_of_the_formula():
 @torch.no_grad()
 def test_clip_distances_are_those_of_the_models_features(clip: Path):
     model = CLIPModel.from_pretrained(clip)
-    images, references = pictures(5), pictures(6, seed=1)
+    images, references = make_images(5), make_images(6, seed=1)
 
     def features(of: list[Image.Image]) -> Tensor:
         seen = [model.vision_model(pixels(image)).pooler_output @ model.visual_projection.weight.T for image in of]
@@ -240,18 +236,18 @@ def test_clip_distances_are_those_of_the_models_features(clip: Path):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_cmmd_stretches_pictures_and_fd_clip_cuts_their_middle(clip: Path):
-    wide = pictures(1)[0].resize((80, 40))
+def test_cmmd_stretches_images_and_fd_clip_cuts_their_middle(clip: Path):
+    wide = make_images(1)[0].resize((80, 40))
     middle = wide.crop((20, 0, 60, 40))
     for cls, seen in ((CMMD, wide.resize((40, 40), Image.Resampling.BICUBIC)), (FDCLIP, middle)):
-        metric = cls(pictures(), str(clip))
+        metric = cls(make_images(), str(clip))
         metric.setup(CPU)
         one, other, wrong = metric.features([wide, seen, middle if cls is CMMD else wide.resize((40, 40))])
         assert (one - other).norm() < (one - wrong).norm() / 3
 
 
 @torch.no_grad()
-def test_fd_dinov2_reads_the_class_token_of_a_stretched_picture(tmp_path: Path):
+def test_fd_dinov2_reads_the_class_token_of_a_stretched_image(tmp_path: Path):
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
     )
@@ -263,7 +259,7 @@ def test_fd_dinov2_reads_the_class_token_of_a_stretched_picture(tmp_path: Path):
     pil_processor("BitImageProcessor")(size={"shortest_edge": 32}, image_mean=mean, image_std=std).save_pretrained(
         tmp_path
     )
-    images, references = pictures(4), pictures(3, seed=2)
+    images, references = make_images(4), make_images(3, seed=2)
     metric = FDDINOv2(references, str(tmp_path), side=28)
     metric.setup(CPU)
     read = [pixels(image, torch.tensor(mean), torch.tensor(std), 28) for image in images]
@@ -272,79 +268,21 @@ def test_fd_dinov2_reads_the_class_token_of_a_stretched_picture(tmp_path: Path):
     assert metric.distance(metric.features(images), metric.reference_features()) > 0
 
 
-def test_reference_pictures_are_a_folder_or_a_list(tmp_path: Path):
-    for number, picture in enumerate(pictures()):
-        picture.save(tmp_path / f"{number}.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+def test_reference_images_are_a_folder_or_a_list(tmp_path: Path):
+    for number, image in enumerate(make_images()):
+        image.save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no image")
     assert len(FDCLIP(tmp_path).references) == 3
     with pytest.raises(OSError, match="there is no folder"):
         FDCLIP(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="at least 2 reference pictures, but there are 1"):
-        FDCLIP(pictures(1))
-
-
-# Packages of others.
-
-
-def test_lpips_compares_with_the_picture_of_the_prompt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    class Network(nn.Module):
-        def __init__(self, net: str, verbose: bool) -> None:
-            super().__init__()
-            assert (net, verbose) == ("vgg", False)
-
-        def forward(self, one: Tensor, other: Tensor) -> Tensor:
-            assert one.shape == other.shape == (1, 3, 40, 40)
-            assert one.min() >= -1 and one.max() <= 1 and one.min() < -0.9 and one.max() > 0.9
-            return (one - other).square().mean()[None, None, None, None]
-
-    module = ModuleType("lpips")
-    module.LPIPS = Network  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lpips", module)
-    images = pictures(2)
-    images[1].resize((80, 80)).save(tmp_path / "1.png")
-    prompts = [
-        Prompt("0", "a cat", metadata={"image": images[0]}),
-        Prompt("1", "a dog", metadata={"image": str(tmp_path / "1.png")}),
-    ]
-    found = scored(LPIPS("vgg"), images, prompts)
-    assert found[0] == 0 < found[1]
-    assert not LPIPS.higher_is_better
-    with pytest.raises(ValueError, match="prompt '00000' has no metadata 'image'"):
-        scored(LPIPS("vgg"), images, PROMPTS[:2])
-
-
-def test_image_reward_is_its_packages(monkeypatch: pytest.MonkeyPatch):
-    class Model:
-        def score(self, prompt: str, image: Image.Image) -> float:
-            return len(prompt) / image.width
-
-    module = ModuleType("ImageReward")
-    module.load = lambda name, device: Model() if (name, device) == ("ImageReward-v1.0", "cpu") else None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ImageReward", module)
-    expected = torch.tensor([len(prompt.text) / 40 for prompt in PROMPTS])
-    torch.testing.assert_close(scored(ImageReward(), pictures()), expected)
+    with pytest.raises(ValueError, match="at least 2 reference images, but there are 1"):
+        FDCLIP(make_images(1))
 
 
 # What is missing is one sentence.
 
 
-@pytest.mark.parametrize(("metric", "name"), [(LPIPS(), "lpips"), (ImageReward(), "image-reward")])
-def test_a_missing_package_is_named_with_how_to_get_it(metric: Any, name: str, monkeypatch: pytest.MonkeyPatch):
-    for module in ("lpips", "ImageReward"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"cannot be imported .*pip install {name}"):
-        metric.setup(CPU)
-
-
-def test_a_package_that_fails_as_it_is_imported_is_as_good_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "lpips.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "lpips", raising=False)
-    with pytest.raises(ImportError, match=r"cannot be imported \(operator torchvision::nms does not exist\)"):
-        LPIPS().setup(CPU)
-
-
-@pytest.mark.parametrize("name", [name for name in IMAGE_METRICS if name not in ("image_reward", "lpips")])
+@pytest.mark.parametrize("name", list(IMAGE_METRICS))
 def test_missing_weights_are_named_with_how_to_get_them(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: Path
 ):
@@ -368,19 +306,19 @@ def test_missing_hps_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_every_metric_names_itself_its_direction_and_its_paper():
-    made = [make_metric(name, pictures()) for name in [*IMAGE_METRICS, *SET_METRICS]]
+    made = [make_metric(name, make_images()) for name in [*IMAGE_METRICS, *SET_METRICS]]
     assert [metric.name for metric in made] == [*IMAGE_METRICS, *SET_METRICS]
     assert all("arXiv" in metric.reference for metric in made)
     lower = [metric.name for metric in made if not metric.higher_is_better]
-    assert lower == ["lpips", *SET_METRICS]
+    assert lower == list(SET_METRICS)
 
 
 def test_unknown_and_incomplete_names_are_refused():
-    with pytest.raises(ValueError, match="no metric is named 'fid'; there are clip_score, "):
+    with pytest.raises(ValueError, match="no metric is named 'fid'; the metrics are clip_score, "):
         make_metric("fid")
-    with pytest.raises(ValueError, match="cmmd compares with reference pictures; give references="):
+    with pytest.raises(ValueError, match="cmmd compares with reference images; pass a folder of them as references"):
         make_metric("cmmd")
-    with pytest.raises(ValueError, match="each metric needs a name of its own"):
+    with pytest.raises(ValueError, match="the names of metrics must differ"):
         as_metrics(["clip_score", "clip_score"])
     with pytest.raises(TypeError, match="a metric is a Metric, a name or a function"):
         as_metrics([3])
@@ -391,10 +329,10 @@ def test_a_function_is_a_metric_with_parts_if_it_likes():
         return {"correct": [len(prompt.text) > 5 for prompt in prompts], "quality": torch.linspace(0, 1, len(images))}
 
     (metric,) = as_metrics([oracle])
-    found = named_scores(metric, pictures(), PROMPTS)
+    found = named_scores(metric, make_images(), PROMPTS)
     assert {name: value.tolist() for name, value in found.items()} == {
         "oracle/correct": [1.0, 1.0, 0.0],
         "oracle/quality": [0.0, 0.5, 1.0],
     }
-    with pytest.raises(ValueError, match=r"few must be one number for each of 3 pictures, but has shape \(2,\)"):
-        named_scores(FunctionMetric(lambda *_: [1, 2], "few"), pictures(), PROMPTS)
+    with pytest.raises(ValueError, match=r"few must be one number for each of 3 images, but has shape \(2,\)"):
+        named_scores(FunctionMetric(lambda *_: [1, 2], "few"), make_images(), PROMPTS)

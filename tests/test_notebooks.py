@@ -16,14 +16,14 @@ FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w.~/])(?:/(?:home|root|Users|work|mnt|tmp|opt|data|var)/|[A-Z]:\\\\)")
 
-# Pictures and plots that each shows, and what it must have made, asked in its own kernel behind its last cell. Where a
+# Images and plots that each shows, and what it must have made, asked in its own kernel behind its last cell. Where a
 # text speaks of a gain, the gain must be above its own standard error.
 SHOWN = {
     "01_use_an_adapter": 4,
     "02_combine_and_steer": 4,
     "03_train_on_your_own_folder": 4,
     "04_publish_and_load_back": 1,
-    "05_edit_a_picture": 4,
+    "05_edit_an_image": 4,
     "06_evaluate": 2,
 }
 MADE = {
@@ -36,8 +36,8 @@ assert pipe.get_softrepa_adapters() == {}
 """,
     "02_combine_and_steer": """
 assert all(np.isfinite(losses))
-assert black(pictures["LoRA"]) > black(pictures["neither"]) + 0.3
-assert black(pictures["both"]) > black(pictures["soft tokens"]) + 0.3
+assert black(images["LoRA"]) > black(images["neither"]) + 0.3
+assert black(images["both"]) > black(images["soft tokens"]) + 0.3
 assert 0 == changes[0].max() < changes[-1].max()
 points, error = gains["both"]
 assert points > error > 0
@@ -45,7 +45,7 @@ assert pipe.get_softrepa_adapters() == {"softrepa": 1.0}
 """,
     "03_train_on_your_own_folder": """
 assert result.finished and result.step == args.max_steps == log[-1]["step"]
-assert any("held_out/top1" in entry for entry in log)
+assert any("eval/top1" in entry for entry in log)
 assert points > error > 0
 assert same
 """,
@@ -55,9 +55,9 @@ assert points > error > 0
 assert set(hub.files("alice/shapes-tokens")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 assert fresh.get_softrepa_adapters() == {"softrepa": None, "v1": 1.0}
 """,
-    "05_edit_a_picture": """
+    "05_edit_an_image": """
 assert [len(made) for made in everything.values()] == [len(edits)] * 3
-assert base.tobytes() != picture.tobytes() and base.size == picture.size
+assert base.tobytes() != image.tobytes() and base.size == image.size
 assert all(0 <= table["all"]["done"] <= 1 for table in results.values())
 apart = results["soft tokens"]["all"]["done"] - results["base"]["all"]["done"]
 assert abs(gains["done", "all"][0] - 100 * apart) < 1e-9
@@ -107,16 +107,16 @@ def test_a_notebook_begins_with_what_it_needs_and_links_to_what_is_there(path: P
 
 
 @every_notebook
-def test_a_notebook_runs_and_shows_its_pictures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_notebook_runs_and_shows_its_images(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = set(FOLDER.rglob("*"))
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(MADE[path.stem]))
     run(notebook, tmp_path, monkeypatch)
-    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in shown(notebook)]
-    assert len(pictures) >= SHOWN[path.stem]
-    for picture in pictures:
-        assert picture.width > 100 and picture.height > 100
-        assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 2
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in shown(notebook)]
+    assert len(images) >= SHOWN[path.stem]
+    for image in images:
+        assert image.width > 100 and image.height > 100
+        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 2
     assert set(FOLDER.rglob("*")) == before
 
 

@@ -1,7 +1,6 @@
 """Laws of the objectives: published numbers, exact gradients, masks, order; then each one's own."""
 
 import dataclasses
-import inspect
 import math
 from pathlib import Path
 
@@ -14,14 +13,11 @@ from diffusers_softrepa.objectives import (
     AGSM,
     Contrastive,
     Denoising,
+    ErrorObjective,
     Objective,
     SoftRank,
     agsm_targets,
-    contrastive_loss,
-    denoising_loss,
     plackett_luce_weights,
-    soft_rank,
-    soft_rank_loss,
 )
 from diffusers_softrepa.pairs import pair_errors
 
@@ -41,10 +37,10 @@ OBJECTIVES = {
 }
 EVERY_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 LOSSES = {
-    "exponential": lambda *pairs: contrastive_loss(*pairs, temperature=0.7, denoising_weight=2.0),
-    "linear": lambda *pairs: contrastive_loss(*pairs, logits="linear", temperature=0.7),
-    "soft rank": soft_rank_loss,
-    "denoising": lambda errors, positive, candidates: denoising_loss(errors, positive),
+    "exponential": Contrastive(temperature=0.7, denoising_weight=2.0).loss,
+    "linear": Contrastive(logits="linear", temperature=0.7).loss,
+    "soft rank": SoftRank().loss,
+    "denoising": Denoising().loss,
 }
 EVERY_LOSS = pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
 
@@ -83,13 +79,9 @@ def agsm_loss_by_loops(trained, ema, target, temperature, plus, minus):
 def direct_loss(objective, trained, ema, target):
     """The objective as one differentiable function of the predictions, without `PairRegression`."""
     errors = pair_errors(trained, target.unsqueeze(1), pair_dims=2)
-    settings = dataclasses.asdict(objective)
     if isinstance(objective, AGSM):
-        return agsm_loss_by_loops(trained, ema, target, *settings.values())
-    if isinstance(objective, Denoising):
-        return denoising_loss(errors, POSITIVE)
-    loss_of = soft_rank_loss if isinstance(objective, SoftRank) else contrastive_loss
-    return loss_of(errors, POSITIVE, CANDIDATES, **settings)
+        return agsm_loss_by_loops(trained, ema, target, *dataclasses.asdict(objective).values())
+    return objective.loss(errors, POSITIVE, CANDIDATES)
 
 
 @pytest.mark.parametrize("denoising_weight", [0, 10])
@@ -98,8 +90,9 @@ def test_contrastive_loss_matches_the_reference_numbers(model, denoising_weight)
     golden = load_file(GOLDEN / f"{model}.safetensors")
     errors, expected = golden["train.errors"], golden[f"train.dweight{denoising_weight}.loss"].squeeze()
     pairs = errors, torch.arange(len(errors)), torch.ones_like(errors, dtype=torch.bool)
-    assert_close(contrastive_loss(*pairs, denoising_weight=denoising_weight), expected, atol=1e-5, rtol=0)
-    assert_close(Contrastive(denoising_weight=denoising_weight)(*pairs).loss, expected, atol=1e-5, rtol=0)
+    objective = Contrastive(denoising_weight=denoising_weight)
+    assert_close(objective.loss(*pairs), expected, atol=1e-5, rtol=0)
+    assert_close(objective(*pairs).loss, expected, atol=1e-5, rtol=0)
 
 
 @EVERY_LOSS
@@ -207,13 +200,10 @@ def test_a_matched_caption_must_be_a_candidate(objective, predictions, target):
         regression_of(objective, predictions, target, candidates=torch.zeros_like(CANDIDATES))
 
 
-def test_every_objective_is_final_and_keeps_the_defaults_of_its_loss():
-    assert Objective.__subclasses__() == [Contrastive, SoftRank, Denoising, AGSM]
-    assert all(not objective.__subclasses__() for objective in Objective.__subclasses__())
-    for objective, loss_of in ((Contrastive, contrastive_loss), (SoftRank, soft_rank_loss), (SoftRank, soft_rank)):
-        parameters = inspect.signature(loss_of).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
-        assert dataclasses.asdict(objective()) == defaults
+def test_every_objective_is_final():
+    assert Objective.__subclasses__() == [ErrorObjective, AGSM]
+    assert ErrorObjective.__subclasses__() == [Contrastive, SoftRank, Denoising]
+    assert not any(objective.__subclasses__() for objective in (AGSM, *ErrorObjective.__subclasses__()))
 
 
 def test_only_agsm_needs_two_banks_and_ema_predictions():
@@ -240,7 +230,7 @@ def test_settings_are_checked_when_they_are_made(make, message):
 def test_linear_logits_are_infonce():
     errors = torch.rand(3, 5)
     probability = torch.softmax(-errors / 0.07, 1)[range(3), POSITIVE]
-    loss = contrastive_loss(errors, POSITIVE, torch.ones_like(CANDIDATES), logits="linear")
+    loss = Contrastive(logits="linear").loss(errors, POSITIVE, torch.ones_like(CANDIDATES))
     assert_close(loss, -probability.log().mean())
 
 
@@ -255,14 +245,14 @@ def test_a_soft_rank_lies_between_one_and_the_number_of_candidates():
     candidates = torch.ones(200, 5).bool()
     candidates[:100, 3] = False
     for temperature in (0.01, 0.5, 100.0):
-        ranks = soft_rank(errors, torch.zeros(200).long(), candidates, temperature=temperature)
+        ranks = SoftRank(temperature=temperature).ranks(errors, torch.zeros(200).long(), candidates)
         assert (ranks >= 1).all() and (ranks <= candidates.sum(1) + 1e-5).all()
 
 
 def test_a_soft_rank_tends_to_the_true_rank():
     errors, positive = torch.rand(50, 6, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 6
     true = 1 + (errors < errors.gather(1, positive.unsqueeze(1))).sum(1)
-    ranks = soft_rank(errors, positive, torch.ones(50, 6).bool(), temperature=1e-4, min_spread=1e-9)
+    ranks = SoftRank(temperature=1e-4, min_spread=1e-9).ranks(errors, positive, torch.ones(50, 6).bool())
     assert_close(ranks, true.float(), atol=1e-3, rtol=0)
 
 
@@ -270,13 +260,13 @@ def test_a_soft_rank_falls_with_the_matched_error():
     errors = torch.tensor([0.30, 0.35, 0.50, 0.52]).repeat(60, 1)
     matched = torch.linspace(0.0, 1.0, 60).unsqueeze(1)
     table = torch.cat([matched, errors], 1)
-    ranks = soft_rank(table, torch.zeros(60).long(), table >= 0)
+    ranks = SoftRank().ranks(table, torch.zeros(60).long(), table >= 0)
     assert (ranks.diff() > 0).all()
 
 
 def test_a_soft_rank_ignores_scale_and_offset_of_the_errors():
     errors = torch.rand(3, 5, dtype=torch.float64)
-    ranks = (soft_rank(e, POSITIVE, CANDIDATES, min_spread=1e-12) for e in (errors, 3 + 7 * errors))
+    ranks = (SoftRank(min_spread=1e-12).ranks(e, POSITIVE, CANDIDATES) for e in (errors, 3 + 7 * errors))
     assert_close(*ranks)
 
 
@@ -288,11 +278,11 @@ def test_a_soft_rank_of_equal_errors_is_the_middle_with_finite_gradients():
 
 def test_a_soft_rank_needs_two_negatives():
     with pytest.raises(ValueError, match=r"at least two negatives per row but got rows with 1; use larger batches"):
-        soft_rank_loss(torch.rand(2, 2), torch.arange(2), torch.ones(2, 2).bool())
+        SoftRank().loss(torch.rand(2, 2), torch.arange(2), torch.ones(2, 2).bool())
 
 
 def test_plackett_luce_weights_are_probabilities_of_the_candidates():
-    weights = plackett_luce_weights(torch.rand(3, 5), CANDIDATES)
+    weights = plackett_luce_weights(torch.rand(3, 5), CANDIDATES, temperature=0.07)
     assert_close(weights.sum(1), torch.ones(3))
     assert (weights[~CANDIDATES] == 0).all() and (weights[CANDIDATES] > 0).all()
 
@@ -310,9 +300,10 @@ def test_agsm_stops_guiding_the_matched_caption_once_it_is_certain(predictions, 
 
 
 def test_agsm_shifts_grow_with_the_amplitude_of_their_row(predictions, target):
-    weights = plackett_luce_weights(torch.rand(3, 5, dtype=torch.float64), CANDIDATES)
-    plain = agsm_targets(predictions, target, weights, POSITIVE)
-    scaled = agsm_targets(predictions, target, weights, POSITIVE, amplitude=torch.tensor([0.0, 1.0, 2.0]))
+    weights = plackett_luce_weights(torch.rand(3, 5, dtype=torch.float64), CANDIDATES, temperature=0.07)
+    guidance = {"positive_guidance": 1.0, "negative_guidance": 0.1}
+    plain = agsm_targets(predictions, target, weights, POSITIVE, **guidance)
+    scaled = agsm_targets(predictions, target, weights, POSITIVE, **guidance, amplitude=torch.tensor([0.0, 1.0, 2.0]))
     rows = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64).view(3, 1, 1, 1)
     assert_close(scaled - target.unsqueeze(1), rows * (plain - target.unsqueeze(1)))
 

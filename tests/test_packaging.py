@@ -1,5 +1,6 @@
 """What is published installs and imports: the wheel, the source distribution, and what stands beside the code."""
 
+import email
 import json
 import os
 import re
@@ -87,6 +88,22 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(
     assert any(name.endswith("LICENSE") for name in names)
     for extra in ("train", "eval", "docs", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
+
+
+def test_the_description_on_a_package_index_has_no_link_that_leads_nowhere(built: Path):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    description = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    targets = re.findall(r"\]\(([^)]*)\)|(?:href|src)=[\"']([^\"']*)", description)
+    assert targets and all(target.startswith("https://") for pair in targets for target in pair if target)
+    for sentence in ("## Will it help me?", "pipe.load_softrepa(", "| base model | 14.6 |", "All verbs: weights"):
+        assert sentence in description
+    assert "A green frame marks" not in description  # the caption of an image that is not there
+    urls = [url.split(", ", 1)[1] for url in metadata.get_all("Project-URL")]
+    assert urls and all(url.startswith("https://") for url in urls)
 
 
 def test_the_source_distribution_holds_what_tells_about_the_package_and_nothing_large(built: Path):

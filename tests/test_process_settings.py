@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import tiny
-from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, set_softrepa, softrepa_parameters
+from diffusers_softrepa import (
+    SoftREPAConfig,
+    add_softrepa,
+    load_softrepa,
+    set_softrepa,
+    softrepa_parameters,
+    unload_softrepa,
+)
 from diffusers_softrepa.noising import sample_timesteps
 from diffusers_softrepa.training.step.collate import Draws, draw_noise
 
@@ -85,3 +92,20 @@ def test_noise_and_timesteps_are_those_of_the_seed_whatever_the_defaults(setting
         found = drawn()
     for ours, theirs in zip(found, wanted, strict=True):
         assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("add_bins", [False, True])
+def test_numbers_that_float16_cannot_hold_are_refused_on_a_model_in_float16(add_bins: bool):
+    """Without this the tokens are infinite where they are inserted, and the image is NaN."""
+    denoiser = tiny.sd3_transformer()
+    config = SoftREPAConfig.for_denoiser(denoiser, num_timestep_bins=2 if add_bins else None)
+    tensors = {name: torch.full(shape, 40_000.0) for name, shape in config.shapes.items()}
+    tensors["tokens"] *= 1 if add_bins else 2
+    for dtype in (torch.float32, torch.bfloat16):
+        load_softrepa(denoiser.to(dtype), tensors, config=config)
+        unload_softrepa(denoiser)
+    denoiser.to(torch.float16)
+    with pytest.raises(ValueError, match=r"numbers up to 8e\+04, but SD3Transformer2DModel runs in float16"):
+        load_softrepa(denoiser, tensors, config=config)
+    assert not hasattr(denoiser, "_softrepa")
+    load_softrepa(denoiser, {name: 0.5 * tensor for name, tensor in tensors.items()}, config=config)

@@ -16,18 +16,17 @@ from diffusers_softrepa.config import SoftREPAConfig
 from diffusers_softrepa.objectives import Contrastive
 from diffusers_softrepa.tokens import SoftTokens
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, ContrastiveFlowMatchingTrainer
-from diffusers_softrepa.training.card import Data, data_name, draw_curves, write_report
-from diffusers_softrepa.training.validation import pictures_of_grid, side_by_side_grid
+from diffusers_softrepa.training.card import Report, data_name, draw_curves
 from training_runs import At
 
 pytest_plugins = ["hub_server"]
 
 LOG = [
-    {"step": 0, "held_out/top1": 0.25, "held_out/margin": -0.01, "held_out/information": 0.0},
+    {"step": 0, "eval/top1": 0.25, "eval/margin": -0.01, "eval/information": 0.0},
     {"step": 10, "loss": 1.4, "top1": 0.3, "margin": 0.0, "information": 0.1, "learning_rate": 1e-3},
-    {"step": 10, "held_out/top1": 0.75, "held_out/margin": 0.02, "held_out/information": 0.5},
+    {"step": 10, "eval/top1": 0.75, "eval/margin": 0.02, "eval/information": 0.5},
     {"step": 20, "loss": 1.2, "top1": 0.5, "margin": 0.1, "information": 0.2, "learning_rate": 1e-3},
-    {"step": 20, "held_out/top1": 0.5, "held_out/margin": 0.03, "held_out/information": 0.4},
+    {"step": 20, "eval/top1": 0.5, "eval/margin": 0.03, "eval/information": 0.4},
 ]
 
 
@@ -39,36 +38,36 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
     (tmp_path / "validation").mkdir()
     for step, colour in ((0, "black"), (20, "white")):
-        side_by_side_grid([(Image.new("RGB", (8, 8), colour), Image.new("RGB", (8, 8), "red"))], ["a red cat"]).save(
-            tmp_path / "validation" / f"step-{step:06d}.png"
-        )
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "validation" / f"step-{step:06d}.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "00.png")
     return tmp_path
 
 
-def reported(folder: Path, data: Data | None = None, **settings: Any) -> str:
+def reported(folder: Path, *names: str, images: int | None = 1234, **settings: Any) -> str:
     """Writes a report and returns the card."""
     args = ContrastiveFlowMatchingArguments(output_dir=str(folder), validation_prompts=["a red cat"], **settings)
-    write_report(args, data or Data(1234), steps=20, num_captions=4)
+    Report(args, 20, 4, images, *names).write()
     return (folder / "README.md").read_text()
 
 
 def test_the_card_says_what_was_learned_from_what_and_how(folder: Path):
-    card = reported(folder, Data(1234, "alice/photos"), logits="linear", cache_dir="/home/me/secret", hub_token="hf_x")
+    card = reported(folder, "alice/photos", logits="linear", cache_dir="/home/me/secret", hub_token="hf_x")
     assert "1,234 images with captions of [alice/photos]" in card
     assert "| objective | softrepa |" in card and "| logits | linear |" in card
     assert "logit_scale" not in card  # the default
-    assert "- a red cat" in card and "![Pictures without and with the tokens](validation.png)" in card
+    assert "- a red cat" in card and "![Without and with the soft tokens](validation.png)" in card
     assert "| top-1 of the matched caption | 0.25 | 0.75 | 0.5 |" in card
     for private in ("/home/me", "hf_x", str(folder), "None"):
         assert private not in card
     assert 'pipe.load_softrepa("user/this-adapter")' in card
 
 
-def test_the_metadata_carry_data_set_and_held_out_result(folder: Path):
-    data = ModelCard(reported(folder, Data(1234, "alice/photos", "alice/held-out"))).data
-    assert data.datasets == ["alice/photos", "alice/held-out"]
+def test_the_metadata_name_the_data_sets_and_the_result_of_the_evaluation(folder: Path):
+    data = ModelCard(reported(folder, "alice/photos", "alice/eval")).data
+    assert data.datasets == ["alice/photos", "alice/eval"]
     (result,) = data.eval_results
-    assert (result.dataset_type, result.metric_type, result.metric_value) == ("alice/held-out", "accuracy", 0.5)
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("alice/eval", "accuracy", 0.5)
     assert "among 4" in result.metric_name
 
 
@@ -77,7 +76,7 @@ def test_the_folder_gets_curves_the_last_pictures_and_settings_without_the_token
     with Image.open(folder / "curves.png") as curves, Image.open(folder / "validation.png") as pictures:
         assert curves.size == (1320, 704)
         assert len(np.unique(np.asarray(curves.convert("L")))) > 20
-        assert pictures.getpixel((0, 20)) == (255, 255, 255)
+        assert pictures.getpixel((4, 4)) == (255, 255, 255)
     settings = json.loads((folder / "training_args.json").read_text())
     assert settings["seed"] == 7 and "hub_token" not in settings
     assert ContrastiveFlowMatchingArguments(**settings).seed == 7
@@ -85,9 +84,7 @@ def test_the_folder_gets_curves_the_last_pictures_and_settings_without_the_token
 
 def test_the_gallery_shows_what_was_drawn_with_tokens_for_each_prompt(folder: Path):
     data = ModelCard(reported(folder)).data
-    assert data.widget == [{"text": "a red cat", "output": {"url": "pictures/00.png"}}]
-    with Image.open(folder / "pictures" / "00.png") as picture:
-        assert picture.size == (8, 8) and picture.getpixel((4, 4)) == (255, 0, 0)
+    assert data.widget == [{"text": "a red cat", "output": {"url": "images/00.png"}}]
 
 
 def test_a_picture_drawn_anew_replaces_its_example_in_the_gallery(folder: Path):
@@ -97,15 +94,6 @@ def test_a_picture_drawn_anew_replaces_its_example_in_the_gallery(folder: Path):
     path.write_text(path.read_text().replace("widget:\n", f"widget:\n{mine}").replace("a red cat", "an old cat"))
     gallery = ModelCard(reported(folder)).data.widget
     assert [example["text"] for example in gallery] == ["mine", "a red cat"]
-
-
-def test_a_grid_comes_apart_into_its_pictures():
-    pairs = [
-        tuple(Image.new("RGB", (12, 8), colour) for colour in row) for row in (("red", "blue"), ("white", "black"))
-    ]
-    found = pictures_of_grid(side_by_side_grid(pairs, ["one", "two"]), 2)
-    assert [[p.tobytes() for p in row] for row in found] == [[p.tobytes() for p in row] for row in pairs]
-    assert pictures_of_grid(Image.new("RGB", (8, 8)), 1) == []
 
 
 def test_the_licence_stands_in_the_metadata_and_not_among_the_settings(folder: Path):
@@ -134,7 +122,8 @@ def test_what_there_is_not_is_not_shown(folder: Path):
     (folder / "log.jsonl").unlink()
     (folder / "validation" / "step-000000.png").unlink()
     (folder / "validation" / "step-000020.png").unlink()
-    card = reported(folder, Data(None))
+    (folder / "images" / "00.png").unlink()
+    card = reported(folder, images=None)
     assert "a stream of images" in card
     assert "### " not in card and "png" not in card
     assert ModelCard(card).data.eval_results is None
@@ -185,12 +174,12 @@ def test_training_ends_with_a_report_that_is_pushed(hub: Any, tmp_path: Path):
         "README.md",
         "curves.png",
         "validation.png",
-        "pictures/00.png",
+        "images/00.png",
     }
     assert files["curves.png"] == (tmp_path / "tokens" / "curves.png").read_bytes()
     card = files["README.md"].decode()
     assert 'pipe.load_softrepa("alice/tokens")' in card and "user/this-adapter" not in card
-    assert "Learned from 8 images" in card and "### Held-out pairs" in card
+    assert "Learned from 8 images" in card and "### Evaluation" in card
     ModelCard(card).validate()
     fresh = tiny.sd15_pipeline()
     fresh.load_softrepa("alice/tokens", token=token)
@@ -226,9 +215,9 @@ def test_a_refused_push_leaves_the_folder(hub: Any, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("alice/my tokens", ValueError, "can be no repository's name .* give a hub_model_id such as"),
-        ("x/y/z", ValueError, "can be no repository's name"),
-        (None, ValueError, "pushed to 'my tokens', which can be no repository's name"),
+        ("alice/my tokens", ValueError, "is not a valid repository name .* give a hub_model_id such as"),
+        ("x/y/z", ValueError, "is not a valid repository name"),
+        (None, ValueError, "pushed to 'my tokens', which is not a valid repository name"),
         ("bob/tokens", OSError, "does not let you push to 'bob/tokens'.*rights"),
         ("bob/his", OSError, "does not let you push to 'bob/his'.*rights to write"),
     ],
@@ -261,16 +250,16 @@ def test_the_repository_is_there_before_the_first_step(hub: Any, tmp_path: Path)
 # What a card may claim.
 
 
-def test_without_held_out_pairs_the_card_claims_nothing_of_what_the_tokens_gain(folder: Path):
+def test_without_an_evaluation_the_card_claims_no_improvement(folder: Path):
     (folder / "log.jsonl").write_text(json.dumps(LOG[1]) + "\n")
     card = reported(folder)
-    assert "No held-out pairs were evaluated in this run" in card
+    assert "No eval_dataset was evaluated in this run" in card
     assert ModelCard(card).data.eval_results is None
 
 
 @pytest.mark.parametrize(("gain", "told"), [(0.05, "cannot be told from no change"), (0.25, "by +0.25 ± 0.06, the")])
-def test_a_held_out_gain_is_told_with_its_error(folder: Path, gain: float, told: str):
-    measured = {"held_out/top1_stderr": 0.08, "held_out/top1_gain": gain, "held_out/top1_gain_stderr": 0.06}
+def test_a_gain_of_the_evaluation_has_its_error_in_the_card(folder: Path, gain: float, told: str):
+    measured = {"eval/top1_stderr": 0.08, "eval/top1_gain": gain, "eval/top1_gain_stderr": 0.06}
     lines = [json.dumps(entry | (measured if entry["step"] == 20 else {})) for entry in LOG]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     card = reported(folder)
@@ -281,7 +270,7 @@ def test_a_held_out_gain_is_told_with_its_error(folder: Path, gain: float, told:
 def test_remarks_of_the_run_and_a_chosen_objective_stand_in_the_card(folder: Path):
     args = ContrastiveFlowMatchingArguments(output_dir=str(folder), validation_prompts=["a red cat"])
     chosen = Contrastive(logits="linear", temperature=0.013)
-    write_report(args, Data(8), steps=20, num_captions=4, objective=chosen, warnings=["the logits were saturated"])
+    Report(args, 20, 4, 8, objective=chosen, warnings=["the logits were saturated"]).write()
     card = (folder / "README.md").read_text()
     assert "### Remarks\n\n- the logits were saturated" in card
     assert "| logits (chosen) | linear |" in card and "| temperature (chosen) | 0.013 |" in card

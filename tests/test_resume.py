@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "negative_caption_column": "not_text",
         "num_backward_negatives": 1,
     },
-    "buckets": {"data": "buckets", "held_out": 9, "aspect_buckets": True, "random_crop": True, "random_flip": True},
+    "buckets": {"data": "buckets", "num_eval": 9, "aspect_buckets": True, "random_crop": True, "random_flip": True},
     "a stream": {"data": "stream"},
     "warm restarts": {"lr_update_steps": 1, "lr_restart_period": 2, "optim": "SGD", "logging_steps": 4},
     "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "logging_steps": 4},

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig, load_softrepa, softrepa_parameters
+from diffusers_softrepa.adapter import adapters_of
 
 pytest_plugins = ["hub_server"]
 
@@ -105,6 +106,16 @@ def test_a_denoiser_saved_alone_holds_no_key_of_the_adapter(pipe: Any, tmp_path:
     pipe.unload_softrepa()
     denoiser_of(pipe).save_pretrained(tmp_path / "without")
     assert contents(tmp_path / "with") == contents(tmp_path / "without")
+
+
+@pytest.mark.parametrize("branch", ["both", "positive"])
+def test_weights_of_layers_and_the_guidance_branch_come_back(pipe: Any, tmp_path: Path, branch: Any):
+    parts = {"down": 0.25} if "unet" in pipe.components else {0: 0.25}
+    pipe.set_softrepa({"on": parts, "off": 0.75}, guidance_branch=branch)
+    pipe.save_pretrained(tmp_path)
+    found = type(pipe).from_pretrained(tmp_path)
+    assert_same_adapters(found, pipe)
+    assert adapters_of(denoiser_of(found)).state.guidance_branch == branch
 
 
 # Read without this package

@@ -40,6 +40,15 @@ def test_an_image_left_alone_is_kept_and_not_done():
         assert (row["done"], row["kept"], row["outside"]) == (0, 1, 0)
 
 
+def test_the_gain_is_paired_edit_by_edit():
+    drawn, rng = edits.draw_edits(8, seed=0), np.random.default_rng(1)
+    good, left = [ideal(edit, rng) for edit in drawn], [edit.image for edit in drawn]
+    half = [images[row % 2] for row, images in enumerate(zip(left, good, strict=True))]
+    row = edits.measure(drawn, good, half)["all"]
+    assert row["gain"] == 0.5 and row["gain_error"] == pytest.approx(0.5 / np.sqrt(len(drawn) - 1))
+    assert edits.measure(drawn, half, half)["all"]["gain_error"] == 0  # the same edits fail in both
+
+
 def test_an_empty_image_keeps_nothing():
     drawn = [edit for edit in edits.draw_edits(8, seed=0) if edit.stays]
     empty = edits.render([])

@@ -16,7 +16,7 @@ from diffusers import CosmosTransformer3DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 
 import tiny
-from diffusers_softrepa import SoftREPAConfig, training
+from diffusers_softrepa import SoftREPAConfig, SoftREPAMethods, training
 from diffusers_softrepa.checkpoint import save_checkpoint
 from test_convert import write_reference
 from test_convert_anima import anima, file_of
@@ -42,7 +42,7 @@ def test_every_block_of_python_runs_or_says_why_it_does_not(page: Path):
 
 
 def small_sd3() -> StableDiffusion3Pipeline:
-    """Returns a small pipeline whose pictures take one step."""
+    """Returns a small pipeline whose images take one step."""
     pipe = tiny.sd3_pipeline()
     call = type(pipe).__call__
 
@@ -99,9 +99,7 @@ def test_the_python_of_the_verbs_runs(place: Path, hub: Any):
 def test_every_verb_is_on_its_page():
     text = (DOCS / "verbs.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w*softrepa\w*)\(", text))
-    from diffusers_softrepa.integration import _METHODS
-
-    assert set(_METHODS) <= named
+    assert {name for name in vars(SoftREPAMethods) if not name.startswith("_")} <= named
 
 
 def test_the_python_of_the_file_format_runs_and_its_page_names_every_field(place: Path):

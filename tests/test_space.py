@@ -3,7 +3,7 @@
 What draws (`examples/space/studio.py`) is tested here. The page runs in an environment of its own, because gradio
 needs an older pillow than the rest is tested with: the interpreter in SOFTREPA_SPACE_PYTHON, or `.venv/space`, or this
 one if it has gradio. With SOFTREPA_REQUIRE_BROWSER=1 the browser's test must run; SOFTREPA_SPACE_SCREENSHOT says
-where its picture of the page goes.
+where its image of the page goes.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "examples" / "space"
 PIPELINE, ADAPTER = "shapes_world/sd3", "shapes_world/adapter"
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}  # that the Hub knows
-PATIENCE = 180  # seconds that a machine busy with something else may take for two pictures
+PATIENCE = 180  # seconds that a machine busy with something else may take for two images
 
 
 def pinned(name: str, file: str = "constraints.txt") -> str:
@@ -64,7 +64,7 @@ def order(space: ModuleType, prompt: str = "a red circle", **settings: Any) -> A
     return space.Order(prompt, **({"seed": 3, "guidance_scale": 3.0, "steps": 3, "pipeline": PIPELINE} | settings))
 
 
-def test_at_weight_zero_the_picture_is_the_bases_bit_for_bit(space: ModuleType, studio: Any):
+def test_at_weight_zero_the_image_is_the_bases_bit_for_bit(space: ModuleType, studio: Any):
     wanted = order(space)
     with_adapter = studio.draw(wanted, ADAPTER, 1.0)
     base = studio.draw(wanted)
@@ -89,7 +89,7 @@ def test_any_pipeline_and_adapter_in_folders_will_do(space: ModuleType, tmp_path
     assert fresh.draw(wanted, str(tmp_path / "adapter"), 1.0).tobytes() != base.tobytes()
 
 
-def test_no_picture_is_drawn_twice(space: ModuleType, studio: Any):
+def test_no_image_is_drawn_twice(space: ModuleType, studio: Any):
     wanted, steps = order(space, seed=4), []
     for adapter, weight in ((None, 0.0), (ADAPTER, 1.0), (None, 0.0), (ADAPTER, 0.5), (ADAPTER, 1)):
         studio.draw(wanted, adapter, weight, lambda done, of: steps.append((done, of)))
@@ -98,7 +98,7 @@ def test_no_picture_is_drawn_twice(space: ModuleType, studio: Any):
     assert not studio.knows(wanted, ADAPTER, 0.25)
 
 
-def test_only_the_last_pictures_are_kept(space: ModuleType):
+def test_only_the_last_images_are_kept(space: ModuleType):
     few = space.Studio(kept=2)
     orders = [order(space, seed=seed, steps=1) for seed in range(3)]
     for wanted in orders:
@@ -112,7 +112,7 @@ def test_threads_that_ask_at_once_get_what_they_get_alone(space: ModuleType, stu
     alone += [studio.draw(*wish).tobytes() for wish in wishes[2:]]
     fresh = space.Studio()
     with ThreadPoolExecutor(6) as pool:
-        together = [picture.tobytes() for picture in pool.map(lambda wish: fresh.draw(*wish), wishes)]
+        together = [image.tobytes() for image in pool.map(lambda wish: fresh.draw(*wish), wishes)]
     assert together == alone
 
 
@@ -122,7 +122,7 @@ def test_threads_that_ask_at_once_get_what_they_get_alone(space: ModuleType, stu
         ({"prompt": "  "}, "The prompt is empty; write what should be drawn."),
         ({"prompt": None}, "The prompt is empty; write what should be drawn."),
         ({"pipeline": ""}, "The pipeline is empty; give a folder or a Hub id."),
-        ({"prompt": "a" * 301}, "The prompt has 301 characters, but at most 300 are read here."),
+        ({"prompt": "a" * 301}, "The prompt has 301 characters, but at most 300 are allowed."),
         ({"seed": None}, "The seed must be a whole number from 0 to 4294967295, but is missing."),
         ({"seed": -1}, "The seed must be a whole number from 0 to 4294967295, but is -1."),
         ({"steps": 0}, "The number of steps must be a whole number from 1 to 100, but is 0."),
@@ -139,13 +139,17 @@ def test_a_wrong_wish_is_answered_with_a_sentence(space: ModuleType, settings: d
 @pytest.mark.parametrize(
     ("count", "steps", "sentence"),
     [
-        (2, 3, "The number of pictures must be one of 1, 4, 9, but is 2."),
-        (None, 3, "The number of pictures must be one of 1, 4, 9, but is missing."),
-        (10**9, 3, "The number of pictures must be one of 1, 4, 9, but is 1000000000."),
-        (9, 50, "9 pictures of 50 steps take 450 steps, but at most 400 are drawn at once; choose fewer of either."),
+        (2, 3, "The number of images must be one of 1, 4, 9, but is 2."),
+        (None, 3, "The number of images must be one of 1, 4, 9, but is missing."),
+        (10**9, 3, "The number of images must be one of 1, 4, 9, but is 1000000000."),
+        (
+            9,
+            50,
+            "9 images of 50 steps take 450 steps, but at most 400 are allowed at once; choose fewer images or steps.",
+        ),
     ],
 )
-def test_too_many_pictures_are_answered_with_a_sentence(space: ModuleType, count: Any, steps: int, sentence: str):
+def test_too_many_images_are_answered_with_a_sentence(space: ModuleType, count: Any, steps: int, sentence: str):
     with pytest.raises(space.CannotDraw, match=f"^{re.escape(sentence)}$"):
         order(space, steps=steps).series(count)
 
@@ -156,7 +160,7 @@ def test_a_series_has_the_seeds_that_follow_and_goes_on_at_zero_after_the_last(s
     assert [each.seed for each in order(space, seed=2**32 - 2).series(4)] == [2**32 - 2, 2**32 - 1, 0, 1]
 
 
-def test_the_oracle_reads_the_pictures_of_its_world_and_of_no_other(space: ModuleType):
+def test_the_oracle_reads_the_images_of_its_world_and_of_no_other(space: ModuleType):
     from shapes_world.world import Thing, render
 
     images = [render([Thing("red", shape, 16, 16, 4.5)]) for shape in ("circle", "square")]
@@ -168,7 +172,7 @@ def test_the_oracle_reads_the_pictures_of_its_world_and_of_no_other(space: Modul
     assert space.read_by_oracle(order(space, "a red circle", pipeline="user/sd3"), images) is None
 
 
-def test_a_sheet_frames_each_picture_as_it_was_read_and_changes_no_pixel(space: ModuleType):
+def test_a_sheet_frames_each_image_as_it_was_read_and_changes_no_pixel(space: ModuleType):
     images = [Image.effect_noise((32, 32), 90 + place).convert("RGB") for place in range(4)]
     framed = space.sheet(images, [True, False, False, True])
     side = 32 * 6 + 3 * space.FRAME  # six times as large, in a frame, and the gap to the next one
@@ -211,14 +215,14 @@ def test_what_a_caption_says_is_read_back(space: ModuleType):
         (ADAPTER, None, "The weight must be a number from 0 to 1, but is missing."),
     ],
 )
-def test_a_wrong_adapter_is_answered_with_a_sentence_and_the_next_picture_is_right(
+def test_a_wrong_adapter_is_answered_with_a_sentence_and_the_next_image_is_right(
     space: ModuleType, studio: Any, adapter: str, weight: Any, sentence: str
 ):
     wanted = order(space, seed=5)
     before = studio.draw(wanted, ADAPTER, 0.75).tobytes()
     with pytest.raises(space.CannotDraw, match=re.escape(sentence)):
         studio.draw(wanted, adapter, weight)
-    studio._pictures.clear()
+    studio._images.clear()
     assert studio.draw(wanted, ADAPTER, 0.75).tobytes() == before
 
 
@@ -251,7 +255,7 @@ def test_what_a_pipeline_says_while_it_draws_comes_out_as_a_sentence(
     assert studio.draw(order(space, seed=6), ADAPTER, 1.0).size == (32, 32)
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels_and_others_keep_their_size(space: ModuleType):
+def test_small_images_are_enlarged_by_whole_pixels_and_others_keep_their_size(space: ModuleType):
     small = Image.effect_noise((32, 24), 90).convert("RGB")
     large = space.enlarged(small)
     assert large.size == (384, 288)
@@ -430,7 +434,7 @@ app.main(["--pipeline", "nowhere"])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("There is no pipeline 'nowhere'"), done.stderr
     assert "Traceback" not in done.stderr
-    drawing = ["prompt", "seed", "pictures", "guidance_scale", "steps", "weight"]
+    drawing = ["prompt", "seed", "images", "guidance_scale", "steps", "weight"]
     names = json.loads(done.stdout)
     assert names["true"] == {"/draw": drawing}
     assert names["false"] == {"/draw": [*drawing, "pipeline", "adapter"]}
@@ -446,7 +450,7 @@ class Page:
         return until(lambda: self.driver.find_elements("css selector", selector), f"{selector} is there")[0]
 
     def source(self, name: str) -> str:
-        """The address of the picture that is shown as `base` or `adapter`, or nothing."""
+        """The address of the image that is shown as `base` or `adapter`, or nothing."""
         script = "return document.querySelector(arguments[0])?.src || ''"
         return self.driver.execute_script(script, f"#{name} img")
 
@@ -468,7 +472,7 @@ class Page:
         self._one(selector).click()
 
     def verdict(self, name: str) -> str:
-        """What is said below the pictures of `base` or `adapter`."""
+        """What is said below the images of `base` or `adapter`."""
         script = "return document.querySelector(arguments[0])?.innerText.trim() || ''"
         return self.driver.execute_script(script, f"#{name}_verdict")
 
@@ -494,21 +498,21 @@ def test_a_visitor_draws_moves_the_weight_and_makes_a_mistake(browser: Any, addr
 
     opening = [right_of(page.verdict(name)) for name in ("base", "adapter")]
     assert opening[0] < opening[1]  # it opens on something that the adapter mends
-    time.sleep(1)  # until the veil of drawing has faded from the pictures
+    time.sleep(1)  # until the veil of drawing has faded from the images
     chosen = Path(os.environ.get("SOFTREPA_SPACE_SCREENSHOT") or tmp_path / "space.png")
     chosen.parent.mkdir(parents=True, exist_ok=True)
     browser.save_screenshot(str(chosen))
 
     page.write("#prompt textarea, #prompt input", "two blue squares and a red circle")
     page.click("#draw")
-    until(lambda: page.source("base") not in ("", first), "the base's pictures are there")
-    status = until(lambda: page.source("adapter") and page.status(), "all pictures are there")
+    until(lambda: page.source("base") not in ("", first), "the base's images are there")
+    status = until(lambda: page.source("adapter") and page.status(), "all images are there")
     assert re.fullmatch(r"Weight 1: drawn in \d+\.\d s\.", status)
     base, tuned = page.source("base"), page.source("adapter")
     assert fetch(base) != fetch(tuned)
 
     page.press("#weight input[type=range]", Keys.HOME)
-    until(lambda: page.source("adapter") not in ("", tuned), "the adapter's picture changes")
+    until(lambda: page.source("adapter") not in ("", tuned), "the adapter's image changes")
     status = until(lambda: page.status().startswith("Weight 0:") and page.status(), "the weight is 0")
     assert "not one pixel differs; drawn in" in status
     assert page.source("base") == base
@@ -521,7 +525,10 @@ def test_a_visitor_draws_moves_the_weight_and_makes_a_mistake(browser: Any, addr
 
     page.write("#prompt textarea, #prompt input", "a dog")
     page.click("#draw")
-    until(lambda: page.verdict("adapter").startswith("The oracle cannot read"), "the oracle says that it cannot read")
+    until(
+        lambda: page.verdict("adapter").startswith("This prompt cannot be checked"),
+        "the page says that it cannot check",
+    )
     base = page.source("base")
 
     page.write("#prompt textarea, #prompt input", "")
@@ -533,7 +540,7 @@ def test_a_visitor_draws_moves_the_weight_and_makes_a_mistake(browser: Any, addr
 
 
 def right_of(verdict: str) -> int:
-    """How many of four pictures are right."""
+    """How many of four images are right."""
     return int(re.fullmatch(r"(\d) of 4 right", verdict)[1])
 
 
@@ -541,13 +548,13 @@ def test_who_comes_to_a_full_queue_reads_it_in_a_sentence(address: str):
     config = json.loads(fetch(f"{address}/config"))
     draw = next(each for each in config["dependencies"] if each["api_name"] == "draw")
     answers = []
-    for seed in range(40):  # faster than any machine draws nine pictures of forty steps
+    for seed in range(40):  # faster than any machine draws nine images of forty steps
         wish = ["a red circle", seed, 9, 2.0, 40, 1.0, PIPELINE, ADAPTER]
         body = {"data": wish, "fn_index": draw["id"], "session_hash": f"visitor{seed}"}
         answers.append(post(f"{address}/gradio_api/queue/join", body))
     refused = [answer for status, answer in answers if status != 200]
     assert {status for status, _ in answers} == {200, 429}
-    sentence = "16 orders are waiting already, and no more can; please try again in a minute."
+    sentence = "The queue is full: 16 requests are waiting. Please try again in a minute."
     assert refused == [{"detail": sentence}] * len(refused)
     assert answers[15][0] == 200
 

@@ -17,6 +17,7 @@ import tiny
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, save_softrepa, softrepa_parameters
 from diffusers_softrepa import checkpoint as checkpoint_room
 from diffusers_softrepa.pipeline import denoiser_of, get_softrepa_adapters
+from diffusers_softrepa.training import validation
 from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
 from diffusers_softrepa.training.checkpoints import Checkpoints
 from diffusers_softrepa.training.log import read_log
@@ -393,7 +394,7 @@ def test_a_stream_needs_max_steps_and_must_fill_a_batch(tmp_path: Path):
         trainer(tmp_path, stream(2), train_batch_size=3).train()
 
 
-def test_too_few_held_out_images_show_before_training(tmp_path: Path):
+def test_too_few_images_to_evaluate_on_are_an_error_before_training(tmp_path: Path):
     args = ContrastiveFlowMatchingArguments(output_dir=str(tmp_path), **QUICK)
     with pytest.raises(ValueError, match="batch"):
         ContrastiveFlowMatchingTrainer(pipeline(), args, rows(), rows(2))
@@ -405,13 +406,13 @@ def test_saturated_logits_are_told_before_the_first_step_and_again_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     trainer(tmp_path / "saturated", logits="exponential", temperature=0.05, max_steps=3).train()
-    told = [record for record in caplog.records if "contrast teaches nothing" in record.getMessage()]
+    told = [record for record in caplog.records if "the contrast has no gradient" in record.getMessage()]
     assert len(told) == 2
-    assert "contrast teaches nothing" in (tmp_path / "saturated" / "README.md").read_text()
+    assert "the contrast has no gradient" in (tmp_path / "saturated" / "README.md").read_text()
     caplog.clear()
     trainer(tmp_path / "fine", logits="exponential", temperature=1.0, max_steps=1).train()
     trainer(tmp_path / "linear", temperature=0.05, max_steps=1).train()
-    assert "contrast teaches nothing" not in caplog.text
+    assert "the contrast has no gradient" not in caplog.text
 
 
 # What it writes.
@@ -423,7 +424,7 @@ def test_old_checkpoints_go_first(tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_best_adapter_by_held_out_top1_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_best_adapter_by_top1_of_the_evaluation_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = trainer(tmp_path, eval_steps=1, max_steps=4, ema_decay=0.5)
     scores, seen = iter([0.2, 0.5, 0.5, 0.9, 0.4]), []
 
@@ -448,24 +449,24 @@ def test_evaluation_is_the_same_each_time_and_independent_of_training_draws(tmp_
     assert run.evaluate() != first
 
 
-def test_validation_pictures_stand_side_by_side_from_the_same_noise(tmp_path: Path):
+def test_validation_images_are_drawn_without_and_with_tokens_from_the_same_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     drawn = {"validation_prompts": ["a cat", "a dog"], "num_validation_inference_steps": 2, "eval_steps": 2}
     run = trainer(tmp_path, max_steps=2, learning_rate=3.0, **drawn)
+    seen, lay_out = [], validation.grid
+    monkeypatch.setattr(validation, "grid", lambda *args, **given: (seen.append(args[0]), lay_out(*args, **given))[1])
     progress_bar = getattr(run.pipeline, "_progress_bar_config", None)
     run.train()
-    first, last = (picture(tmp_path / "validation" / f"step-{step:06d}.png") for step in (0, 2))
-    base, tokens = slice(0, 16), slice(16, 32)
-    assert first[:, base].equal(last[:, base])
-    assert not first[:, tokens].equal(last[:, tokens])
-    assert not last[16:32, base].equal(last[16:32, tokens])
+    (first, _), (last, second) = seen
+    assert first[0].tobytes() == last[0].tobytes()
+    assert first[1].tobytes() != last[1].tobytes()
+    assert all(base.tobytes() != tokens.tobytes() for base, tokens in (last, second))
+    assert (tmp_path / "validation" / "step-000002.png").is_file()
+    with Image.open(tmp_path / "images" / "01.png") as image:
+        assert image.tobytes() == second[1].tobytes()
     assert getattr(run.pipeline, "_progress_bar_config", None) in (progress_bar, {})
     assert get_softrepa_adapters(run.pipeline) == {run.adapter_name: 1.0}
-
-
-def picture(path: Path) -> torch.Tensor:
-    """Returns pixels (H, W, 3)."""
-    image = Image.open(path)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
 def test_the_log_holds_means_since_the_last_entry(tmp_path: Path):
@@ -479,12 +480,12 @@ def test_the_log_holds_means_since_the_last_entry(tmp_path: Path):
     assert third[1]["learning_rate"] == each[3]["learning_rate"]
 
 
-def test_tensorboard_gets_figures_and_pictures(tmp_path: Path):
+def test_tensorboard_gets_values_and_images(tmp_path: Path):
     drawn = {"validation_prompts": ["a cat"], "num_validation_inference_steps": 1}
     trainer(tmp_path, max_steps=2, report_to="tensorboard", **drawn).train()
     (events,) = tmp_path.rglob("events.out.tfevents.*.0")
     content = events.read_bytes()
-    assert b"held_out/top1" in content and b"validation" in content
+    assert b"eval/top1" in content and b"validation" in content
 
 
 def test_an_unknown_tracker_is_an_error(tmp_path: Path):
@@ -528,6 +529,6 @@ def test_cached_latents_are_encoded_once(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(run.conditioner, "encode_images", counted)
         run.train()
         found.append((tokens_of(run), sum(calls)))
-    held_out = 2 * 3  # images of two evaluations, which are not cached
-    assert [count for _, count in found] == [8 + held_out, held_out]
+    evaluated = 2 * 3  # images of two evaluations, which are not cached
+    assert [count for _, count in found] == [8 + evaluated, evaluated]
     assert_close(found[0][0], found[1][0], rtol=0, atol=0)

@@ -1,7 +1,11 @@
 """The verbs, as methods of pipelines and denoisers and as functions."""
 
 import inspect
+import os
+import pydoc
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 import diffusers_softrepa
 import tiny
-from diffusers_softrepa import SoftREPAConfig, softrepa_parameters
+from diffusers_softrepa import SoftREPAConfig, SoftREPAMethods, softrepa_parameters
 from diffusers_softrepa.compat import ModularPipeline
 
 VERBS = [name for name in diffusers_softrepa.__all__ if "softrepa" in name]
@@ -25,7 +29,103 @@ def tensors_for(config: SoftREPAConfig) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("cls", list(filter(None, [DiffusionPipeline, ModularPipeline, ModelMixin])))
 def test_every_verb_is_a_method_of_pipelines_and_models(cls: type):
     for verb in VERBS:
-        assert inspect.getdoc(getattr(cls, verb)), verb
+        assert getattr(cls, verb) is getattr(SoftREPAMethods, verb)
+    assert issubclass(cls, SoftREPAMethods)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_method_is_the_function_with_self_in_place_of_the_target(verb: str):
+    function, method = getattr(diffusers_softrepa, verb), getattr(tiny.sd3_pipeline(), verb)
+    target, *rest = inspect.signature(function).parameters.values()
+    assert target.name == "target"
+    assert list(inspect.signature(method).parameters.values()) == rest
+    first, *others = inspect.signature(getattr(SoftREPAMethods, verb)).parameters.values()
+    assert (first.name, others) == ("self", rest)
+    assert inspect.signature(method).return_annotation == inspect.signature(function).return_annotation
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_docstring_of_a_method_explains_its_own_arguments_and_no_target(verb: str):
+    of_function, of_method = inspect.getdoc(getattr(diffusers_softrepa, verb)), getattr(SoftREPAMethods, verb).__doc__
+    without = of_function.replace("    target: A pipeline or a denoiser.\n", "").replace(
+        "    target: A pipeline or a denoiser.", ""
+    )
+    assert of_method in (without, without.replace("Args:\n\n", ""), without.replace("\n\nArgs:\n", ""))
+    assert "target" not in of_method and "\n\n\n" not in of_method
+    explained = re.findall(r"^    (\w+): ", of_method.partition("Args:\n")[2].partition("\n\n")[0], re.MULTILINE)
+    assert explained == list(inspect.signature(getattr(tiny.sd3_pipeline(), verb)).parameters)
+
+
+def test_help_of_a_method_shows_its_arguments():
+    text = re.sub(r"\s+", " ", pydoc.plain(pydoc.render_doc(tiny.sd3_pipeline().load_softrepa)))
+    assert "load_softrepa(source: str" in text and "adapter_name: str | None = None, *, config: " in text
+    assert "adapter_name: Name of the adapter in this pipeline." in text and "target" not in text
+
+
+TYPED = """\
+from typing import Any
+
+from diffusers_softrepa import SoftREPAMethods, load_softrepa
+
+class Pipeline:
+    def __call__(self, prompt: str) -> list[str]:
+        return [prompt]
+
+def use(pipe: Pipeline, unknown: Any) -> None:
+    reveal_type(load_softrepa(pipe, "folder"))
+    load_softrepa(pipe, "folder", nonsense=1)
+    pipe.load_softrepa("folder")
+    assert isinstance(pipe, SoftREPAMethods) and isinstance(unknown, SoftREPAMethods)
+    reveal_type(pipe.load_softrepa("folder", "mine", hotswap=True))
+    pipe.load_softrepa("folder", nonsense=1)
+    unknown.load_softrepa("folder", hotswap="yes")
+    reveal_type(pipe("a cat"))
+    reveal_type(unknown.enable_model_cpu_offload())
+    with pipe.softrepa_disabled():
+        pipe.set_softrepa("mine", 0.5)
+"""
+
+
+def test_a_type_checker_knows_the_functions_and_after_an_isinstance_check_the_methods(tmp_path: Path):
+    pytest.importorskip("mypy", reason="mypy is an extra of development")
+    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nignore_missing_imports = true\n"
+        "[mypy-torch.*,diffusers.*,transformers.*,huggingface_hub.*,peft.*,numpy.*,PIL.*,safetensors.*]\n"
+        "follow_imports = skip\n"  # their types take minutes and change nothing here
+    )
+    source = str(Path(diffusers_softrepa.__file__).parents[1])
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            "mypy.ini",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            "typed.py",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.findall(r"^typed.py:(\d+): (?:note: Revealed type is|error:) (.*)$", ran.stdout, re.MULTILINE)
+    expected = [
+        (10, '"str"'),
+        (11, 'Unexpected keyword argument "nonsense"'),
+        (12, '"Pipeline" has no attribute "load_softrepa"'),
+        (14, '"str"'),
+        (15, 'Unexpected keyword argument "nonsense"'),
+        (16, 'Argument "hotswap" has incompatible type "str"; expected "bool"'),
+        (17, '"list[str]"'),
+        (18, '"Any"'),
+    ]
+    assert [int(line) for line, _ in found] == [line for line, _ in expected], ran.stdout + ran.stderr
+    for (_, told), (_, sentence) in zip(found, expected, strict=True):
+        assert told.startswith(sentence)
 
 
 def test_the_second_positional_argument_of_load_is_the_adapter_name_as_with_lora():

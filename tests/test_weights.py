@@ -2,6 +2,7 @@
 
 import logging
 import math
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, set_softrepa, softrepa_parameters
+from diffusers_softrepa.quoting import quoted
 
 SD15, SDXL, SD3, FLUX = tiny.FAMILIES
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES, ids=lambda family: family.name)
@@ -58,6 +60,12 @@ def test_whole_numbers_are_numbers(whole: Any):
     assert denoiser.get_softrepa_adapters() == {"a": 1.0}
 
 
+def test_the_names_of_a_mapping_are_names():
+    denoiser = adapted(SD3, "a", "b")
+    set_softrepa(denoiser, denoiser.get_softrepa_adapters().keys(), [0.5, 0.25])
+    assert denoiser.get_softrepa_adapters() == {"a": 0.5, "b": 0.25}
+
+
 @pytest.mark.parametrize("weights", [np.array([0.5, 0.25]), torch.tensor([0.5, 0.25]), (0.5, 0.25), iter([0.5, 0.25])])
 def test_arrays_hold_a_weight_for_each_name(weights: Any):
     denoiser = adapted(SD3, "a", "b", "c")
@@ -78,8 +86,13 @@ def test_what_the_adapters_are_found_to_be_can_be_set_again(family: tiny.Family)
         assert {name for name, weight in found.items() if weight is not None} == set(weights)
 
 
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
 BAD: list[tuple[Any, Any, type[Exception], str]] = [
-    ("a", float("nan"), ValueError, "must be a finite number, but is nan"),
+    ("a", float("nan"), ValueError, "must be a finite number, at most 1e.06 in size, but is nan"),
     ("a", float("inf"), ValueError, "must be a finite number"),
     ("a", torch.tensor(float("-inf")), ValueError, "must be a finite number"),
     ("a", np.array(np.nan), ValueError, "must be a finite number"),
@@ -87,13 +100,33 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     ("a", "0.5", ValueError, "must be a finite number"),
     ("a", b"1", ValueError, "must be a finite number"),
     ("a", 1 + 2j, ValueError, "must be a finite number"),
+    ("a", 10**400, ValueError, "must be a finite number, at most 1e.06 in size, but is a whole number of 1329 bits"),
+    ("a", 1e308, ValueError, "at most 1e.06 in size, but is 1e.308"),
+    ("a", [-2e6, 0, 0], ValueError, "at most 1e.06 in size"),
+    ("a", Decimal("0.5"), ValueError, "must be a finite number"),
+    ("a", np.array("0.5"), ValueError, "must be a finite number"),
+    ("a", np.array([(1.0,)], dtype=[("x", "f4")]), ValueError, "a list of 3"),
+    ("a", torch.tensor([0.1, 0.2, 0.3]).to_sparse(), ValueError, "must be a finite number"),
+    ("a", torch.zeros(3, device="meta"), ValueError, "must be a finite number"),
+    ("a", torch.tensor([True, False, True]), ValueError, "must be a finite number"),
+    ("a", torch.tensor(1 + 0j), ValueError, "must be a finite number"),
+    ("a", memoryview(b"abc"), ValueError, "must be a finite number"),
+    ("a", bytearray(b"abc"), ValueError, "must be a finite number"),
+    ("a", {True: 0.5}, ValueError, r"there are weights for \[True\]"),
+    ("a", {-1: 0.5}, ValueError, r"there are weights for \[-1\]"),
+    ({"a": {0: None}}, None, ValueError, "in size, but is None"),
+    pytest.param("a", Unspeakable(), ValueError, "must be a finite number, .* but is ", id="no repr"),
+    pytest.param(Unspeakable(), None, TypeError, "adapter_names must be", id="no repr of names"),
+    (["a", "a"], [0.5, 0.5], ValueError, "each adapter needs one weight"),
+    ({"a", "b"}, 0.5, TypeError, "adapter_names must be"),
+    ("", 0.5, ValueError, "no soft-token adapter is named"),
     ("a", True, ValueError, "must be a finite number"),
     ("a", np.bool_(True), ValueError, "must be a finite number"),
     pytest.param("a", object(), ValueError, "must be a finite number", id="an object"),
     ("a", {0.5}, ValueError, "must be a finite number"),
     ("a", [None], ValueError, "must be a finite number"),
     ("a", [0.5, 0.5], ValueError, r"'a' has layers \[0, 1, 2\], so its weight is one number, or a list of 3"),
-    ("a", [0.5, 0.5, "x"], ValueError, "must be a finite number, but is 'x'"),
+    ("a", [0.5, 0.5, "x"], ValueError, "in size, but is 'x'"),
     ("a", np.ones((3, 1)), ValueError, "must be a finite number"),
     ("a", [], ValueError, "a list of 3"),
     ("a", {"down": 0.5}, ValueError, r"some of its layers \[0, 1, 2\], but there are weights for \['down'\]"),
@@ -109,7 +142,7 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("names", "weights", "kind", "message"), BAD, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(("names", "weights", "kind", "message"), BAD, ids=lambda value: quoted(value, 30))
 def test_anything_else_is_refused_before_anything_changes(
     names: Any, weights: Any, kind: type[Exception], message: str
 ):

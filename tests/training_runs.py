@@ -91,15 +91,15 @@ def trainer(
     data: Any = "plain",
     *,
     family: str = "sd3",
-    held_out: int = 4,
+    num_eval: int = 4,
     callbacks: Any = (),
     **settings: Any,
 ) -> Any:
-    """Returns a trainer of a tiny pipeline, with a few held-out images."""
+    """Returns a trainer of a tiny pipeline, with a few images to evaluate on."""
     args = ContrastiveFlowMatchingArguments(output_dir=str(output_dir), **QUICK | with_new_names(settings))
     train = DATA[data]() if isinstance(data, str) and data in DATA else data
-    held_out_rows = rows(held_out, seed=1)
-    return ContrastiveFlowMatchingTrainer(pipeline(family), args, train, held_out_rows, callbacks=callbacks)
+    eval_rows = rows(num_eval, seed=1)
+    return ContrastiveFlowMatchingTrainer(pipeline(family), args, train, eval_rows, callbacks=callbacks)
 
 
 class At(TrainerCallback):

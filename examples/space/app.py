@@ -1,10 +1,10 @@
-"""A page that draws a prompt without and with soft tokens, from the same noises, side by side.
+"""A web page that draws a prompt without and with soft tokens, from the same noise, side by side.
 
     python examples/space/app.py [--pipeline NAME --adapter NAME] [--port PORT]
 
-Names are folders or Hub ids; without any, the pipeline and the adapter of the shapes world in this repository. On a
-Space the same is said by the variables SOFTREPA_SPACE_PIPELINE and SOFTREPA_SPACE_ADAPTER. The page fetches nothing
-from elsewhere and reports to nobody.
+Names are folders or Hub ids; the defaults are the pipeline and the adapter of the shapes world in this repository. On
+a Space, set the variables SOFTREPA_SPACE_PIPELINE and SOFTREPA_SPACE_ADAPTER instead. The page loads nothing from
+other servers and sends no usage data.
 """
 
 import argparse
@@ -47,17 +47,17 @@ PROMPTS = (
     "a purple triangle",
 )
 CHOSEN = (
-    "These prompts were chosen because the adapter mends them. What it does to hundreds of prompts that nobody chose "
-    "is in the README of the shapes world."
+    "These prompts were chosen because the adapter improves them. The README of the shapes world has its results on "
+    "hundreds of prompts that were not chosen."
 )
 MOST_WAITING = 16
-FULL = f"{MOST_WAITING} orders are waiting already, and no more can; please try again in a minute."
+FULL = f"The queue is full: {MOST_WAITING} requests are waiting. Please try again in a minute."
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 CSS = """
 .gradio-container > .main { max-width: 940px; margin: 0 auto; padding: 1rem; }
-.picture img { image-rendering: pixelated; object-fit: scale-down; }
-.picture [data-testid="status-tracker"]:has(.error) { display: none; } /* the sentence is enough; pictures stay */
+.drawn img { image-rendering: pixelated; object-fit: scale-down; }
+.drawn [data-testid="status-tracker"]:has(.error) { display: none; } /* the message is enough; images stay visible */
 .verdict { min-height: 1.8em; }
 .verdict p { text-align: center; font-size: 1.15em; }
 #status { min-height: 1.6em; }
@@ -90,18 +90,18 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
     """Returns the page.
 
     Args:
-        studio: What draws.
-        pipeline: Drawn with unless the visitor names another.
-        adapter: Likewise.
-        fixed: Whether the visitor may not.
+        studio: Studio that draws the images.
+        pipeline: Default pipeline, a folder or Hub id.
+        adapter: Default adapter, a folder or Hub id.
+        fixed: Whether visitors cannot choose another pipeline or adapter. Defaults to False.
     """
     embedded = pipeline == EMBEDDED
     steps, guidance = (14, 2.0) if embedded else _defaults(studio.prepare(pipeline))
     with gr.Blocks(title="Soft tokens", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
-            "# Soft tokens\nThe same model draws the same noises twice: as it is, and with a SoftREPA adapter, which "
-            "adds a few learned tokens to the text that it reads. Not one of its weights changes."
-            + (" A green frame: an oracle finds exactly what was asked." if embedded else "")
+            "# Soft tokens\nThe same model draws from the same noise, without and with a SoftREPA adapter. "
+            "The adapter adds a few trained tokens to the text that the model reads; the weights do not change."
+            + (" A green frame marks an image that shows exactly what the prompt asks for." if embedded else "")
         )
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
@@ -117,8 +117,8 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
                 fresh = gr.Button("New noise", elem_id="fresh")
         with gr.Row():
             (base, base_verdict), (tuned, tuned_verdict) = (
-                _picture("Base model", "base"),
-                _picture("With the adapter", "adapter"),
+                _image("Base model", "base"),
+                _image("With the adapter", "adapter"),
             )
         status = gr.Markdown(elem_id="status")
         weight = gr.Slider(
@@ -127,14 +127,14 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
             1,
             step=0.05,
             label="Weight of the adapter",
-            info="At 0 it is the base model, bit for bit.",
+            info="0 is exactly the base model.",
             buttons=[],
             elem_id="weight",
         )
         with gr.Row():
-            seed = gr.Number(0, label="First seed of the noises", precision=0, min_width=160, elem_id="seed")
-            pictures = gr.Radio(
-                COUNTS, value=COUNTS[1] if embedded else COUNTS[0], label="Pictures", min_width=160, elem_id="pictures"
+            seed = gr.Number(0, label="First seed", precision=0, min_width=160, elem_id="seed")
+            images = gr.Radio(
+                COUNTS, value=COUNTS[1] if embedded else COUNTS[0], label="Images", min_width=160, elem_id="images"
             )
             scale = gr.Slider(0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance scale", min_width=160, buttons=[])
             count = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", min_width=160, buttons=[])
@@ -143,14 +143,16 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
             gr.Markdown(CHOSEN, elem_id="chosen")
         names = _fixed_names(pipeline, adapter) if fixed else _name_fields(pipeline, adapter)
 
-        everything = [prompt, seed, pictures, scale, count, weight, *names]
+        everything = [prompt, seed, images, scale, count, weight, *names]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "pipeline"}
         alone, both = comparison(studio)
         outputs = [base, base_verdict, tuned, tuned_verdict, status]
         first = {"fn": alone, "inputs": everything, "outputs": outputs, "show_progress_on": [base]}
         second = first | {"fn": both, "show_progress_on": [tuned]}
         first |= one_at_a_time | {"api_visibility": "private"}
-        second |= one_at_a_time | {"trigger_mode": "always_last"}  # what moves meanwhile is drawn afterwards
+        second |= one_at_a_time | {
+            "trigger_mode": "always_last"
+        }  # a weight that is changed meanwhile is drawn afterwards
         gr.on([button.click, prompt.submit], **first).success(**second, api_name="draw")
         weight.change(**second, api_visibility="private")
         shaken = fresh.click(lambda: random.randrange(SEEDS), outputs=[seed], api_visibility="private")
@@ -163,7 +165,7 @@ def make_page(studio: Studio, pipeline: str, adapter: str, *, fixed: bool = Fals
 
 
 def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns what draws for the page: the base's pictures alone, and both models' with a line about them.
+    """Returns what draws for the page: the base's images alone, and both models' with a line about them.
 
     Both have the same inputs and outputs. What the first has drawn the second does not draw again.
     """
@@ -171,7 +173,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def alone(
         prompt: str,
         seed: int,
-        pictures: int,
+        images: int,
         guidance_scale: float,
         steps: int,
         weight: float,
@@ -180,7 +182,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio looks for it here)
     ) -> tuple[Any, ...]:
         with _sentences():
-            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(pictures)
+            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(images)
             known = all(studio.knows(order) for order in orders)
             plain = [studio.draw(order, on_step=step) for order, step in _bars(progress, "Base model", orders)]
         return (*_shown(orders[0], plain), *((gr.skip(),) * 3 if known else (None, "", "")))
@@ -188,7 +190,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def both(
         prompt: str,
         seed: int,
-        pictures: int,
+        images: int,
         guidance_scale: float,
         steps: int,
         weight: float,
@@ -198,7 +200,7 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
     ) -> tuple[Any, ...]:
         started = time.perf_counter()
         with _sentences():
-            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(pictures)
+            orders = Order(prompt, seed, guidance_scale, steps, pipeline).series(images)
             plain = [studio.draw(order, on_step=step) for order, step in _bars(progress, "Base model", orders)]
             known = all(studio.knows(order, adapter or "", weight) for order in orders)
             bars = _bars(progress, "With the adapter", orders)
@@ -212,40 +214,40 @@ def comparison(studio: Studio) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _shown(order: Order, images: Sequence[Image.Image]) -> tuple[Image.Image, str]:
-    """Returns pictures as one, and what the oracle says of them."""
+    """Returns the images as one sheet, and the verdict on them as text."""
     verdicts = read_by_oracle(order, images)
     if verdicts is not None:
         said = f"**{sum(verdicts)} of {len(verdicts)}** right"
     elif order.pipeline == EMBEDDED:
-        said = "The oracle cannot read this prompt; it knows at most four things of this model's world."
+        said = "This prompt cannot be checked; only prompts for at most four shapes of this model's world can."
     else:
         said = ""
     return sheet(images, verdicts), said
 
 
 async def _when_full(_request: Request, problem: Any) -> JSONResponse:
-    """Says in a sentence that too many wait. The browser shows the detail, but that of status 503 it does not."""
+    """Answers that the queue is full. Status 429 is used because the browser does not show the detail of a 503."""
     full = "full" in str(problem.detail).lower()
     return JSONResponse({"detail": FULL if full else problem.detail}, status_code=429 if full else 503)
 
 
 def _bars(progress: gr.Progress, words: str, orders: Sequence[Order]) -> Iterator[tuple[Order, Any]]:
-    """Yields each order with what its steps call; one bar runs over all of them."""
+    """Yields each order with a callback for its steps; one progress bar covers all orders."""
     for place, order in enumerate(orders):
         yield order, lambda done, of, before=place: progress((before * of + done, len(orders) * of), desc=words)
 
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """Shows the visitor what cannot be drawn, and why."""
+    """Shows the message of a `CannotDraw` to the visitor."""
     try:
         yield
     except CannotDraw as problem:
         raise gr.Error(str(problem), print_exception=False) from problem
 
 
-def _picture(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
-    """Returns where pictures are shown, and below it where it is said how many of them are right."""
+def _image(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
+    """Returns an image component, and a text component below it for the verdict."""
     with gr.Column():
         image = gr.Image(
             label=label,
@@ -254,7 +256,7 @@ def _picture(label: str, name: str) -> tuple[gr.Image, gr.Markdown]:
             height=480,
             buttons=["download"],
             elem_id=name,
-            elem_classes="picture",
+            elem_classes="drawn",
         )
         return image, gr.Markdown(elem_id=f"{name}_verdict", elem_classes="verdict")
 
@@ -269,12 +271,12 @@ def _name_fields(pipeline: str, adapter: str) -> list[Any]:
 
 
 def _fixed_names(pipeline: str, adapter: str) -> list[Any]:
-    """States stay on the server: no visitor can name another model."""
+    """Returns the names as states, which stay on the server, so that visitors cannot change them."""
     return [gr.State(pipeline), gr.State(adapter)]
 
 
 def _defaults(pipe: Any) -> tuple[int, float]:
-    """Returns the steps and the guidance scale that a pipeline takes unless told otherwise."""
+    """Returns the default number of steps and the default guidance scale of a pipeline."""
     takes = inspect.signature(type(pipe).__call__).parameters
     defaults = {"num_inference_steps": 28, "guidance_scale": 5.0}
     defaults |= {name: takes[name].default for name in defaults if name in takes}

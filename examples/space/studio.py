@@ -1,8 +1,7 @@
 """Draws prompts without and with soft tokens from the same noise, on one pipeline that all visitors share.
 
-The page (`app.py`) stands on this; nothing here knows of a page. One lock serialises everything that touches the
-pipeline: loading, the adapter's weight, drawing. What goes wrong comes out as `CannotDraw`, whose message is a
-sentence for the visitor.
+The page (`app.py`) uses this module, which does not depend on the page. One lock serialises everything that uses the
+pipeline: loading, the weight of the adapter, drawing. Errors are raised as `CannotDraw`, with a message for visitors.
 """
 
 import inspect
@@ -26,12 +25,12 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
 # The shapes world lies beside this folder in the repository, and inside it on a Space.
 PLACES = (Path(), HERE, HERE.parent)
-EMBEDDED = "shapes_world/sd3"  # the pipeline whose pictures an oracle can read
+EMBEDDED = "shapes_world/sd3"  # the pipeline whose images an oracle can read
 MOST_CHARACTERS = 300
 MOST_STEPS = 100
 MOST_GUIDANCE = 20
-COUNTS = (1, 4, 9)  # pictures of one order, in a square
-MOST_WORK = 400  # steps of all pictures of one order
+COUNTS = (1, 4, 9)  # images of one order, in a square
+MOST_WORK = 400  # steps of all images of one order
 SEEDS = 2**32
 SHOWN_SIDE = 384
 FRAME = 4
@@ -39,22 +38,22 @@ RIGHT, WRONG = (46, 160, 67), (215, 58, 73)  # of frames
 
 
 class CannotDraw(ValueError):
-    """Something that was asked for cannot be had; the message says what, as a sentence."""
+    """A request cannot be fulfilled; the message tells the visitor why."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is drawn. Equal orders give equal pictures.
+    """A request for an image. Equal orders give equal images.
 
     Attributes:
-        prompt: What to draw, at most 300 characters.
-        seed: Of the noise, 0 to 2**32 - 1.
-        guidance_scale: Of classifier-free guidance, 0 to 20; 1.0 is none.
-        steps: Of denoising, 1 to 100.
-        pipeline: Folder or Hub id.
+        prompt: Prompt of at most 300 characters.
+        seed: Seed of the noise, 0 to 2**32 - 1.
+        guidance_scale: Guidance scale, 0 to 20, where 1.0 is no guidance.
+        steps: Number of sampling steps, 1 to 100.
+        pipeline: Folder or Hub id of the pipeline.
 
     Raises:
-        CannotDraw: One of them is missing or out of its range.
+        CannotDraw: An attribute is missing or out of range.
     """
 
     prompt: str
@@ -70,34 +69,34 @@ class Order:
             raise CannotDraw("The pipeline is empty; give a folder or a Hub id.")
         if len(self.prompt) > MOST_CHARACTERS:
             raise CannotDraw(
-                f"The prompt has {len(self.prompt)} characters, but at most {MOST_CHARACTERS} are read here."
+                f"The prompt has {len(self.prompt)} characters, but at most {MOST_CHARACTERS} are allowed."
             )
         _check_number("seed", self.seed, 0, SEEDS - 1, whole=True)
         _check_number("guidance scale", self.guidance_scale, 0, MOST_GUIDANCE)
         _check_number("number of steps", self.steps, 1, MOST_STEPS, whole=True)
 
     def series(self, count: int) -> list["Order"]:
-        """Returns the orders of `count` pictures, which differ in their seeds: this one's, the next one's, ...
+        """Returns the orders of `count` images with successive seeds, beginning with the seed of this order.
 
         Raises:
-            CannotDraw: It is no number of pictures that is drawn here, or they take too many steps together.
+            CannotDraw: The number of images is not one of `COUNTS`, or they take too many steps in total.
         """
         if count not in COUNTS:
             shown = "missing" if count is None else repr(count)
-            raise CannotDraw(f"The number of pictures must be one of {', '.join(map(str, COUNTS))}, but is {shown}.")
+            raise CannotDraw(f"The number of images must be one of {', '.join(map(str, COUNTS))}, but is {shown}.")
         if count * self.steps > MOST_WORK:
             raise CannotDraw(
-                f"{count} pictures of {self.steps} steps take {count * self.steps} steps, but at most {MOST_WORK} are "
-                "drawn at once; choose fewer of either."
+                f"{count} images of {self.steps} steps take {count * self.steps} steps, but at most {MOST_WORK} are "
+                "allowed at once; choose fewer images or steps."
             )
         return [replace(self, seed=(self.seed + place) % SEEDS) for place in range(count)]
 
 
 class Studio:
-    """One pipeline, one adapter on it, and the last pictures, for any number of threads.
+    """A pipeline with an adapter, and a cache of the last images; may be used by any number of threads.
 
     Args:
-        kept: How many pictures are kept, so that none is drawn twice.
+        kept: Number of images in the cache. Defaults to 64.
     """
 
     def __init__(self, kept: int = 64) -> None:
@@ -105,11 +104,11 @@ class Studio:
         self._pipe: Any = None
         self._pipeline: str | None = None
         self._adapter: str | None = None
-        self._pictures: OrderedDict[tuple[Order, str | None, float], Image.Image] = OrderedDict()
+        self._images: OrderedDict[tuple[Order, str | None, float], Image.Image] = OrderedDict()
         self._kept = kept
 
     def prepare(self, pipeline: str, adapter: str | None = None) -> Any:
-        """Loads what is not loaded yet, and returns the pipeline.
+        """Loads the pipeline and the adapter unless they are loaded, and returns the pipeline.
 
         Raises:
             CannotDraw: The pipeline or the adapter cannot be loaded.
@@ -126,9 +125,9 @@ class Studio:
             return self._pipe
 
     def knows(self, order: Order, adapter: str | None = None, weight: float = 0.0) -> bool:
-        """Says whether a picture is there already."""
+        """Returns whether an image is in the cache."""
         with self._lock:
-            return (order, adapter, weight) in self._pictures
+            return (order, adapter, weight) in self._images
 
     def draw(
         self,
@@ -137,12 +136,12 @@ class Studio:
         weight: float = 0.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Image.Image:
-        """Returns a picture, drawn now or before.
+        """Returns an image, from the cache or newly drawn.
 
         Args:
-            order: What to draw.
-            adapter: Folder or Hub id of the adapter; None draws with the base model alone.
-            weight: Of the adapter, 0 to 1.
+            order: The image to draw.
+            adapter: Folder or Hub id of the adapter; None draws with the base model.
+            weight: Weight of the adapter, 0 to 1.
             on_step: Called after each step with its number and the number of steps.
 
         Raises:
@@ -153,28 +152,28 @@ class Studio:
             raise CannotDraw("The adapter is empty; give a folder or a Hub id.")
         key = (order, adapter, float(weight))
         with self._lock:
-            if key not in self._pictures:
+            if key not in self._images:
                 pipe = self.prepare(order.pipeline, adapter)
                 if adapter is not None:
                     pipe.enable_softrepa()
                     pipe.set_softrepa(list(pipe.get_softrepa_adapters()), weight)
                 elif self._adapter is not None:
                     pipe.disable_softrepa()
-                self._pictures[key] = _call(pipe, order, on_step)
-                if len(self._pictures) > self._kept:
-                    self._pictures.popitem(last=False)
-            self._pictures.move_to_end(key)
-            return self._pictures[key]
+                self._images[key] = _call(pipe, order, on_step)
+                if len(self._images) > self._kept:
+                    self._images.popitem(last=False)
+            self._images.move_to_end(key)
+            return self._images[key]
 
 
 def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
-    """Returns a small picture enlarged by a whole factor, each pixel a square; others as they are."""
+    """Returns a small image enlarged by a whole factor without smoothing; larger ones are returned unchanged."""
     factor = max(1, side // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def sheet(images: Sequence[Image.Image], verdicts: Sequence[bool] | None = None) -> Image.Image:
-    """Returns pictures in a square, small ones enlarged; with verdicts in frames, green where right, red where not."""
+    """Returns images as a square sheet, framed green or red if there are verdicts; small images are enlarged."""
     columns = math.ceil(math.sqrt(len(images)))
     cells = [enlarged(image, SHOWN_SIDE // columns).convert("RGB") for image in images]
     if verdicts is not None:
@@ -189,7 +188,7 @@ def sheet(images: Sequence[Image.Image], verdicts: Sequence[bool] | None = None)
 
 
 def read_by_oracle(order: Order, images: Sequence[Image.Image]) -> list[bool] | None:
-    """Returns which pictures show exactly what was asked; None of other pipelines, and of prompts it cannot read."""
+    """Returns which images show exactly what the prompt asks for; None if pipeline or prompt cannot be checked."""
     if order.pipeline != EMBEDDED:
         return None
     from shapes_world.oracle import judge  # here, because a Space of another pipeline comes without the shapes world
@@ -207,7 +206,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def located(name: str) -> str:
-    """Returns the folder or file of a name that is one here, and the name itself of any other, which is a Hub id."""
+    """Returns the local folder or file of a name if there is one; otherwise the name, which is a Hub id."""
     found = [place / name for place in PLACES if (place / name).exists()]
     return str(found[0]) if found else name
 
@@ -261,12 +260,12 @@ def _call(pipe: Any, order: Order, on_step: Callable[[int, int], None] | None) -
         logger.exception("drawing %s failed", order)
         raise CannotDraw(f"{type(pipe).__name__} could not draw this: {_first_line(error)}") from error
     if "images" not in made:
-        raise CannotDraw(f"{type(pipe).__name__} draws no single pictures.")
+        raise CannotDraw(f"{type(pipe).__name__} does not draw images.")
     return made.images[0]
 
 
 def _text_length(pipe: Any) -> int | None:
-    """Returns how many words the longest tokenizer takes if that is less than the pipeline would ask of it."""
+    """Returns the longest text length of the tokenizers if it is less than the default of the pipeline."""
     lengths = [part.model_max_length for part in pipe.components.values() if hasattr(part, "model_max_length")]
     default = _parameters(pipe).get("max_sequence_length")
     return max(lengths) if lengths and default is not None and max(lengths) < default.default else None

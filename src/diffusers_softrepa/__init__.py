@@ -1,8 +1,8 @@
-"""Soft text tokens (SoftREPA) for frozen diffusers pipelines: load, steer, save, share.
+"""Soft text tokens (SoftREPA) for frozen diffusers pipelines: load, weight, train, evaluate and share adapters.
 
-Importing the package gives every diffusers pipeline and model the verbs `load_softrepa`, `set_softrepa`,
-`disable_softrepa`, `save_softrepa` and the others; the functions here do the same with the pipeline or denoiser as
-their first argument.
+Importing the package adds the methods `load_softrepa`, `set_softrepa`, `disable_softrepa`, `save_softrepa` and others
+to every diffusers pipeline and model. The functions of the same names take the pipeline or denoiser as their first
+argument.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from . import integration
 from .config import SoftREPAConfig
 from .families import FamilySpec, family_of, register_family, supported_denoisers
+from .methods import SoftREPAMethods
 from .pipeline import (
     add_softrepa,
     delete_softrepa,
@@ -31,6 +32,7 @@ __all__ = [
     "ContrastiveFlowMatchingTrainer",
     "FamilySpec",
     "SoftREPAConfig",
+    "SoftREPAMethods",
     "add_softrepa",
     "delete_softrepa",
     "disable_softrepa",
@@ -56,7 +58,7 @@ integration.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Trainer, editing and evaluation are imported when asked for: adapters need nothing that only those need."""
+    """Imports training, editing and evaluation on first use, because loading an adapter does not need them."""
     if name in ("flow_edit", "invert", "regenerate"):
         from . import editing
 

@@ -1,4 +1,4 @@
-"""`python -m diffusers_softrepa`, the `softrepa` command for launchers that start modules."""
+"""`python -m diffusers_softrepa`: the `softrepa` command, for launchers that start modules."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The adapters of a denoiser: named sets of soft tokens that are added, activated, weighted and removed.
 
-They are guests. They are kept beside the denoiser's modules, not among them: its `parameters()`, `state_dict()`,
-`repr` and dtype are what they were, whatever is attached.
+Adapters live outside the module tree: `parameters()`, `state_dict()`, `repr` and `dtype` of the denoiser do not change
+when adapters are attached.
 """
 
 import threading
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import GuidanceBranch
 from .config import SoftREPAConfig, layers_of
 from .families import family_of, text_blocks
 from .injection import Injector, Source
@@ -20,7 +21,7 @@ from .tokens import SoftTokens
 from .weights import Weight, fitted
 
 _ATTRIBUTE = "_softrepa"
-# One for all denoisers: a verb on a pipeline changes several, and is over in microseconds.
+# One lock for all denoisers, as a call on a pipeline may change several of them.
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -29,10 +30,10 @@ class Adapter:
     """One adapter of a denoiser.
 
     Attributes:
-        config: What it is.
-        tokens: Its numbers.
-        layers: Which layer of them each block reads, by block path.
-        stages: Stage of each of these blocks, by block path; None where blocks are numbered layers.
+        config: Its config.
+        tokens: Its learned tokens.
+        layers: Index of the layer of `tokens` that each block reads, by block path.
+        stages: UNet stage of each of these blocks, by block path; None where blocks are numbered layers.
     """
 
     config: SoftREPAConfig
@@ -41,7 +42,7 @@ class Adapter:
     stages: Mapping[str, str | None]
 
     def source(self, weight: Weight) -> Source:
-        """Returns what the injector gives to the blocks at a weight."""
+        """Returns the source that the injector uses for this adapter at a weight."""
         weights = {path: _part(weight, layer, self.stages[path]) for path, layer in self.layers.items()}
         return Source(self.tokens, self.layers, weights)
 
@@ -55,34 +56,36 @@ def _part(weight: Weight, layer: int, stage: str | None) -> float:
 
 @dataclass(frozen=True)
 class State:
-    """What is loaded into one denoiser and what takes part; a verb makes another one of it.
+    """The loaded and the active adapters of one denoiser; every change creates a new state.
 
     Attributes:
-        adapters: By name, in the order in which they came.
-        weights: Of the active ones, by name.
-        enabled: Whether these take part in denoiser calls.
-        pauses: How many `softrepa_disabled` contexts are open; in one, none takes part.
+        adapters: Loaded adapters by name, in the order of loading.
+        weights: Weights of the active adapters by name.
+        guidance_branch: Branches of classifier-free guidance that receive the tokens.
+        enabled: False after `disable_softrepa`.
+        pauses: Number of open `softrepa_disabled` contexts; no adapter is used while there is one.
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     weights: Mapping[str, Weight] = field(default_factory=dict)
+    guidance_branch: GuidanceBranch = "both"
     enabled: bool = True
     pauses: int = 0
 
     @property
     def taking_part(self) -> dict[str, Weight]:
-        """Weights of the adapters that take part in denoiser calls, by name."""
+        """Weights of the adapters that denoiser calls use, by name; empty while adapters are disabled."""
         return dict(self.weights) if self.enabled and not self.pauses else {}
 
     def sources(self) -> list[Source]:
-        """Returns what the injector is to use."""
+        """Returns the sources for the injector."""
         return [self.adapters[name].source(weight) for name, weight in self.taking_part.items()]
 
 
 class Adapters:
     """All soft-token adapters of one denoiser.
 
-    What changes them belongs into `changing`, which lets one thread at a time do it, wholly or not at all.
+    Change them inside the context `changing`, which serialises changes and undoes a failed one.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -91,12 +94,12 @@ class Adapters:
 
     @property
     def state(self) -> State:
-        """What is loaded and active now; it stays as it is when that changes."""
+        """The current state; the object is immutable, so that later changes do not affect it."""
         return self._state
 
     @property
     def names(self) -> list[str]:
-        """Names of the loaded adapters, in the order in which they came."""
+        """Names of the loaded adapters, in the order of loading."""
         return list(self._state.adapters)
 
     @property
@@ -106,7 +109,7 @@ class Adapters:
 
     @property
     def enabled(self) -> bool:
-        """Whether the active adapters take part in denoiser calls."""
+        """Whether denoiser calls use the active adapters."""
         return self._state.enabled and not self._state.pauses
 
     def __getitem__(self, name: str) -> Adapter:
@@ -115,12 +118,12 @@ class Adapters:
         return adapters[name]
 
     def become(self, state: State) -> None:
-        """Makes a state that of the denoiser; interrupted anywhere, a further call ends in what it is asked for."""
+        """Applies a state; if interrupted, calling it again completes the change."""
         self._state = state
-        self._injector.use(state.sources())
+        self._injector.use(state.sources(), state.guidance_branch)
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter and makes it the active one.
+        """Adds an adapter and makes it the only active one.
 
         Raises:
             ValueError: The name is taken.
@@ -130,10 +133,11 @@ class Adapters:
                 f"adapter names must be unique, but {name!r} is already loaded; choose another adapter_name, delete "
                 "the old one, or pass hotswap=True to replace its tokens in place"
             )
-        self.become(replace(self._state, adapters={**self._state.adapters, name: adapter}, weights={name: 1.0}))
+        adapters = {**self._state.adapters, name: adapter}
+        self.become(replace(self._state, adapters=adapters, weights={name: 1.0}, guidance_branch="both"))
 
     def check_swap(self, name: str, config: SoftREPAConfig) -> None:
-        """Checks that `swap` can take an adapter.
+        """Checks that `swap` can replace the tokens of an adapter.
 
         Raises:
             ValueError: There is no adapter of the name, or the shapes or the stages differ.
@@ -146,7 +150,7 @@ class Adapters:
             )
 
     def swap(self, name: str, config: SoftREPAConfig, tensors: Mapping[str, Tensor]) -> None:
-        """Copies other tokens of the same shapes into an adapter, without touching what is compiled.
+        """Copies other tokens of the same shapes into an adapter; compiled code stays valid.
 
         Raises:
             ValueError: There is no such adapter, or the shapes or the stages differ.
@@ -157,27 +161,31 @@ class Adapters:
         self._state = replace(self._state, adapters={**adapters, name: replace(adapters[name], config=config)})
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copies numbers into the tokens of an adapter; a call that begins has all of the old or all of the new."""
+        """Copies values into the tokens of an adapter; no denoiser call begins while they are copied."""
         with self._injector.writing(), torch.no_grad():
             for key, parameter in self[name].tokens.named_parameters():
                 parameter.copy_(tensors[key])
 
-    def weighed(self, weights: Mapping[str, Any]) -> State:
-        """Returns the state in which exactly the named adapters are active, with these weights.
+    def weighed(self, weights: Mapping[str, Any], guidance_branch: GuidanceBranch) -> State:
+        """Returns the state in which exactly the named adapters are active.
+
+        Args:
+            weights: Weight of each of these adapters by name.
+            guidance_branch: Branches of classifier-free guidance that receive their tokens.
 
         Raises:
             ValueError: A name is unknown, or a weight does not fit its adapter.
         """
         _check_present(list(weights), self._state.adapters)
         chosen = {name: fitted(weight, name, self[name].config) for name, weight in weights.items()}
-        return replace(self._state, weights=chosen)
+        return replace(self._state, weights=chosen, guidance_branch=guidance_branch)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches the active adapters on or off; off, every denoiser call is the base model's."""
+        """Enables or disables the active adapters; while they are disabled, denoiser calls are the base model's."""
         self.become(replace(self._state, enabled=enabled))
 
     def pause(self, count: int) -> None:
-        """Begins (1) or ends (-1) a stretch in which no adapter takes part, whether enabled or not."""
+        """Opens (1) or closes (-1) a `softrepa_disabled` context, in which no adapter is used."""
         self.become(replace(self._state, pauses=self._state.pauses + count))
 
     def delete(self, names: Iterable[str]) -> None:
@@ -197,7 +205,7 @@ class Adapters:
         )
 
     def use_bank(self, bank: Tensor | int) -> None:
-        """Chooses the bank that calls of this thread read: one for all rows, or int64 of shape (batch,)."""
+        """Selects the token bank for the calls of this thread: one for all rows, or int64 of shape `(batch,)`."""
         self._injector.use_bank(bank)
 
 
@@ -214,11 +222,11 @@ def adapters_of(denoiser: nn.Module) -> Adapters | None:
 
 @contextmanager
 def changing(denoisers: Iterable[nn.Module], *, numbers_of: str | None = None) -> Iterator[None]:
-    """Lets one thread at a time change the adapters of denoisers; an exception leaves them all as they were.
+    """A context for changing the adapters of denoisers: one thread at a time, and an exception undoes all changes.
 
     Args:
-        denoisers: Those that are changed.
-        numbers_of: Name of the adapter whose numbers are replaced as well.
+        denoisers: The denoisers whose adapters are changed.
+        numbers_of: Name of an adapter whose token values are replaced in place, so that they can be restored.
     """
     with _ONE_AT_A_TIME:
         before = [_Before.of(denoiser, numbers_of) for denoiser in denoisers]
@@ -274,37 +282,52 @@ def make_adapter(
 
     Args:
         denoiser: The model it is for.
-        config: What it is.
-        tensors: Its trained values, checked against `config.shapes`; fresh ones are drawn when None.
-        text_embeddings: What fresh values start from, for `init="text"`.
-        generator: Source of fresh values.
+        config: The adapter's config.
+        tensors: Trained tokens with the shapes of `config.shapes`; None to initialise new ones.
+        text_embeddings: `(S, D)`, the start of new tokens for `init="text"`.
+        generator: Random generator for new tokens.
         trainable: Whether its tokens require gradients.
 
     Raises:
-        ValueError: The config does not fit the denoiser, or the initial embeddings do not fit the config.
+        ValueError: The config does not fit the denoiser, the initial embeddings do not fit the config, or the values
+            are too large for a denoiser in float16.
     """
     layers = layers_of(denoiser, config)
     with torch.inference_mode(False):
         if tensors is None:
             tokens = SoftTokens(config, text_embeddings=text_embeddings, generator=generator)
         else:
-            # The values drawn are replaced, so not drawn from the generator that the caller's pictures come from.
+            # The drawn values are replaced: a generator of their own leaves the global one untouched.
             tokens = SoftTokens(replace(config, init="normal"), generator=torch.Generator())
             tokens.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
         tokens.requires_grad_(trainable).to(_device(denoiser))
+    _check_range(tokens, denoiser)
     stages = {block.path: block.group.stage for block in text_blocks(denoiser, family_of(denoiser))}
     return Adapter(config, tokens, layers, stages)
 
 
+def _check_range(tokens: SoftTokens, denoiser: Any) -> None:
+    """Raises if tokens may become infinite in the float16 of a denoiser, whose largest number is 65504."""
+    if getattr(denoiser, "dtype", None) is not torch.float16:
+        return
+    reach = sum(float(values.detach().abs().max()) for values in tokens.parameters())
+    largest = torch.finfo(torch.float16).max
+    if reach > largest:
+        raise ValueError(
+            f"the soft tokens hold numbers up to {reach:.4g}, but {type(denoiser).__name__} runs in float16, which is "
+            f"infinite beyond {largest:g}; load the model in bfloat16 or float32, or train the tokens anew"
+        )
+
+
 def attach(denoiser: nn.Module, name: str, adapter: Adapter) -> None:
-    """Adds an adapter to a denoiser and activates it alone."""
+    """Adds an adapter to a denoiser and makes it the only active one."""
     adapters = adapters_of(denoiser) or Adapters(denoiser)
     adapters.add(name, adapter)
     vars(denoiser)[_ATTRIBUTE] = adapters
 
 
 def detach(denoiser: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Removes adapters, all of them when `names` is None; the last one leaves no trace."""
+    """Removes the named adapters, or all if `names` is None; without adapters the denoiser is as it was before."""
     adapters = adapters_of(denoiser)
     if adapters is None:
         return

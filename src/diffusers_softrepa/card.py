@@ -1,7 +1,8 @@
-"""The model card of an adapter: metadata the Hub understands, and how to load it in three lines.
+"""The model card of an adapter: metadata for the Hub, a settings table, and code that loads the adapter.
 
-What this package writes stands in sections between HTML comments, which a page does not show. A card is only ever
-changed inside them: what people write around them stays, and a card without them is theirs altogether.
+The text that this package writes is in sections between HTML comments, which the rendered page does not show. When a
+card is updated, only these sections and the metadata change. Text outside the sections is kept, and a card without
+sections is not changed at all.
 """
 
 import json
@@ -22,11 +23,12 @@ _UNKNOWN_BASE = "the/base-model"
 _MAX_METADATA, _MAX_DEPTH = 1 << 18, 32
 _METADATA = re.compile(rf"\A---\r?\n(.{{0,{_MAX_METADATA}}}?)\r?\n---(?:\r?\n|\Z)", re.DOTALL)
 _MARKER = re.compile(r"<!-- (?:softrepa:(\w{1,64}) [^<>]{0,400}-->(?=\r?\n)|/softrepa:(\w{1,64}) -->)")
-_PICTURE = re.compile(r"!\[[^\[\]]{0,1000}\]\(([^()\s]{1,1000})\)")
+_IMAGE = re.compile(r"!\[[^\[\]]{0,1000}\]\(([^()\s]{1,1000})\)")
 
 _ADAPTER = """# SoftREPA adapter{for_base}
 
-Soft text tokens for a frozen {family} denoiser: {count:,} numbers trained for pictures that match their prompts.
+Soft text tokens for a frozen {family} denoiser: {count:,} parameters, trained so that images match their
+prompts better.
 
 ## Use it
 
@@ -38,9 +40,9 @@ pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_softrepa({source})
 ```
 
-Steer it with `pipe.set_softrepa("softrepa", 0.5)`, switch it off with `pipe.disable_softrepa()`.
+`pipe.set_softrepa("softrepa", 0.5)` weakens the adapter, and `pipe.disable_softrepa()` turns it off.
 
-## What it is
+## Settings
 
 | setting | value |
 | --- | --- |
@@ -52,13 +54,14 @@ Method: [SoftREPA](https://arxiv.org/abs/2503.08250), contrastive soft text toke
 def model_card(
     config: SoftREPAConfig, repo_id: str, *, weight_name: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Returns the card of an adapter.
+    """Returns the model card of an adapter.
 
     Args:
-        config: What the adapter is. Its base model is named if it is on the Hub; a path is nobody else's business.
-        repo_id: Where it will be found.
-        weight_name: Its file's name where that is not the usual one.
-        license: Its licence in the Hub's spelling, such as `"apache-2.0"`.
+        config: Configuration of the adapter. The card names its base model if that is on the Hub; a local path is left
+            out.
+        repo_id: Hub repository id for the code that loads the adapter.
+        weight_name: Name of the weights file. Defaults to the default file name, which the card leaves out.
+        license: Licence as the Hub spells it, such as `"apache-2.0"`. Defaults to none.
     """
     base = hub_id(config.base_model_name_or_path)
     metadata: dict[str, Any] = {
@@ -90,29 +93,29 @@ def model_card(
 
 
 def _in_code(text: str) -> str:
-    """Returns a text as a string of the example's code, which no text can end."""
+    """Returns a text as a string literal for the code of the card; no text can end the literal or its code block."""
     return json.dumps(one_line(text, 300), ensure_ascii=False).replace("`", "\\u0060").replace("<", "\\u003c")
 
 
 def section(name: str, text: str) -> str:
-    """Returns Markdown as a section that `refreshed` finds again.
+    """Returns Markdown as a section that `refreshed` can replace.
 
     Args:
-        name: One word.
-        text: Its Markdown.
+        name: Name of the section, one word.
+        text: Markdown of the section.
     """
     note = "is written by diffusers-softrepa and replaced when it writes again; write above or below it"
     return f"<!-- softrepa:{name} {note} -->\n{text}\n<!-- /softrepa:{name} -->"
 
 
 def refreshed(existing: str, fresh: str) -> str:
-    """Returns a card with the sections and the metadata of a newly written one, and otherwise as it was.
+    """Returns an existing card with its sections and metadata updated from a newly written card.
 
     Args:
-        existing: The card that is there. Without a section it was written by hand, and comes back as it is.
-        fresh: The newly written card. Its sections replace those of the same name; new ones follow the last one.
-            Its metadata replace those of the same key, lists are joined, results replace those of the same
-            metric on the same data, examples of the gallery those of the same picture, further keys stay.
+        existing: The existing card. A card without sections was written by hand and is returned unchanged.
+        fresh: The newly written card. Its sections replace those of the same name; new sections are added after the
+            last one. Its metadata replace values of the same key. Lists are joined; an evaluation result replaces one
+            of the same metric on the same data, and a gallery entry one of the same image. Other keys are kept.
     """
     if not _sections(existing):
         return existing
@@ -130,7 +133,7 @@ def refreshed(existing: str, fresh: str) -> str:
 
 
 def words_by_hand(card: str) -> str:
-    """Returns what people wrote in a card: its text without metadata and sections."""
+    """Returns the text of a card without its metadata and without the sections of this package."""
     parts, done = [], 0
     for _, start, end in _sections(card):
         parts.append(card[done:start])
@@ -139,17 +142,17 @@ def words_by_hand(card: str) -> str:
 
 
 def metadata_of(card: str) -> dict[str, Any]:
-    """Returns the metadata of a card; an empty mapping if they are no plain YAML mapping of moderate size."""
+    """Returns the metadata of a card, or an empty mapping if they are not a plain YAML mapping of moderate size."""
     block = _METADATA.match(card)
     try:
         found = yaml.load(block[1], _PlainLoader) if block else None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError):  # dates that are none, keys that cannot be
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError):  # invalid dates, unhashable keys
         return {}
     return found if isinstance(found, dict) and all(isinstance(key, str) for key in found) else {}
 
 
 def _sections(text: str) -> list[tuple[str, int, int]]:
-    """Returns the name, start and end of each section, in time proportional to the text."""
+    """Returns name, start and end of each section, in time linear in the length of the text."""
     markers = list(_MARKER.finditer(text))
     ends: dict[str, list[int]] = {}
     for marker in markers:
@@ -166,7 +169,7 @@ def _sections(text: str) -> list[tuple[str, int, int]]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without aliases, which let a few bytes stand for any amount, and of limited depth."""
+    """Reads YAML of limited depth and without aliases, with which a few bytes can expand to any amount of data."""
 
     _depth = 0
 
@@ -182,7 +185,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _with_metadata(existing: str, fresh: str) -> str:
-    """Returns the existing card with its metadata brought up to date; as it is if they are no plain YAML mapping."""
+    """Returns the existing card with updated metadata, or unchanged if they are not a plain YAML mapping."""
     block = _METADATA.match(existing)
     if existing.startswith("---") and not (block and metadata_of(existing)):
         return existing
@@ -193,12 +196,12 @@ def _with_metadata(existing: str, fresh: str) -> str:
         before = card.data.to_dict()
         _update(card, new)
         return existing if card.data.to_dict() == before else str(card) + text
-    except Exception:  # people write anything into metadata, and huggingface_hub takes most of it on trust
+    except Exception:  # metadata may hold anything, and huggingface_hub checks little of it
         return existing
 
 
 def _update(card: ModelCard, new: ModelCard) -> None:
-    """Brings the metadata of a card up to those of another: lists are joined, other values replaced."""
+    """Updates the metadata of a card from those of another: lists are joined, other values are replaced."""
     for key, value in vars(new.data).items():
         old = card.data.get(key)
         if isinstance(value, list) and isinstance(old, list):
@@ -211,32 +214,32 @@ def _update(card: ModelCard, new: ModelCard) -> None:
 
 
 def _measured(result: EvalResult) -> tuple[object, str]:
-    """Returns what a result is of: a task on a data set, and a metric."""
+    """Returns the identity of an evaluation result: its task and data set, and its metric."""
     return result.unique_identifier, result.metric_type
 
 
-def _pictured(example: Any) -> Any:
-    """Returns the file that an example of the gallery shows."""
+def _image_of(example: Any) -> Any:
+    """Returns the image file of a gallery entry."""
     output = example.get("output") if isinstance(example, dict) else None
     return output.get("url") if isinstance(output, dict) else example
 
 
-def pictures_of(card: str) -> list[str]:
-    """Returns the files beside a card that it shows: pictures in its text, and those of its gallery."""
-    named = _PICTURE.findall(_METADATA.sub("", card))
+def images_of(card: str) -> list[str]:
+    """Returns the relative paths of the image files that a card shows, in its text and in its gallery."""
+    named = _IMAGE.findall(_METADATA.sub("", card))
     gallery = metadata_of(card).get("widget")
-    named += [_pictured(example) for example in gallery] if isinstance(gallery, list) else []
+    named += [_image_of(example) for example in gallery] if isinstance(gallery, list) else []
     beside = [name for name in named if isinstance(name, str) and _is_beside(name)]
     return list(dict.fromkeys(str(PurePosixPath(name)) for name in beside))
 
 
 def _is_beside(name: str) -> bool:
-    """Whether it is a picture in the card's own folder, and no address or path to elsewhere."""
+    """Returns whether a name is that of an image file inside the folder of the card, not a URL or an outside path."""
     path = PurePosixPath(name)
     odd = any(sign in name for sign in ":\\%?#") or not name.isprintable() or len(name) > 255
     inside = not path.is_absolute() and not odd and not any(part.startswith(".") for part in path.parts)
     return inside and path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
-# What makes an entry of a list another version of the same thing.
-_IDENTITIES: dict[str, Callable[[Any], Any]] = {"eval_results": _measured, "widget": _pictured}
+# Entries of a list with equal identities are versions of the same entry.
+_IDENTITIES: dict[str, Callable[[Any], Any]] = {"eval_results": _measured, "widget": _image_of}

@@ -1,8 +1,8 @@
-"""Folders and files of an adapter: (config, tensors) out and in, strictly.
+"""Saves and loads adapters as folders and safetensors files, with strict checks.
 
-An adapter is `adapter_model.safetensors` with its config in the metadata, so that the file alone is enough, and the
-same config as `adapter_config.json` beside it, for people and for tools that know PEFT's names. Where both are there
-the file's own metadata counts. Pickles are refused: see `convert`.
+An adapter is `adapter_model.safetensors` with its config in the metadata, so that the file alone can be loaded, and
+the same config as `adapter_config.json` beside it, for people and for tools that know PEFT's names. If both exist, the
+metadata is used. Pickles are refused: see `convert`.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 from .card import model_card, refreshed
 from .config import MAX_CONFIG_BYTES, SoftREPAConfig
 from .files import UnreadableJSON, parse_json, write_whole
-from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, is_missing, located, may_be_fetched_again
+from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, files_of, is_missing, located, may_be_fetched_again
 from .other_adapters import other_kind
 from .quoting import one_line, quoted
 
@@ -41,26 +41,31 @@ def load_checkpoint(
     config: SoftREPAConfig | None = None,
     options: HubOptions | None = None,
 ) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
-    """Reads an adapter and checks it completely.
+    """Loads an adapter and checks all of it.
 
     Args:
         source: A folder, a safetensors file, a Hub repository id, or a state dict, which is not changed.
-        config: Used instead of the one that the source carries; needed where it carries none.
-        options: Where to look and how.
+        config: Replaces the stored config; required if the source has none, as a state dict.
+        options: Options of the download; None for the defaults.
 
     Returns:
-        The config, and its tensors on the CPU by name, with the shapes of `config.shapes`.
+        The config, and the tensors on the CPU by name, with the shapes of `config.shapes`.
 
     Raises:
-        ValueError: The source carries no config, is corrupt or a pickle, or its tensors do not fit the config.
-        OSError: Nothing is there: no such file, repository, revision, permission or connection.
+        TypeError: The source has the wrong type.
+        ValueError: The source has no config, is corrupt or a pickle, or its tensors do not fit the config.
+        OSError: There is no such file, repository or revision, or it cannot be read or reached.
     """
     if isinstance(source, Mapping):
         _refuse_other_kind(source, "the state dict")
         if config is None:
             raise ValueError("a state dict carries no config; pass config=SoftREPAConfig.for_denoiser(...) with it")
         return config, checked_tensors(source, config, "the state dict")
-    source, options = located(os.fspath(source), options or HubOptions())
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"an adapter is loaded from a Hub repository id, a path or a state dict, but source is {quoted(source)}"
+        )
+    source, options = located(os.fsdecode(source), options or HubOptions())
     path = _locate(source, options)
     try:
         return _loaded(path, source, config, options)
@@ -91,14 +96,14 @@ def save_checkpoint(
 ) -> list[str]:
     """Writes an adapter folder: weights, config and model card.
 
-    Each file appears complete or not at all. Of a card that is there only the sections that this package wrote are
-    brought up to date; see `card`.
+    Each file is written atomically. In an existing card only the sections that this package wrote are updated; see
+    `card`.
 
     Returns:
-        The names of the files that make up the adapter.
+        The names of the adapter's files.
 
     Raises:
-        ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` not a file's name.
+        ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` is not a file name.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -121,7 +126,7 @@ def save_checkpoint(
 
 
 def write_card(directory: Path, fresh: str) -> None:
-    """Writes a model card into a folder, or brings the one that is there up to date."""
+    """Writes a model card into a folder, or updates the existing one."""
     path = directory / CARD_NAME
     existing = path.read_bytes() if path.exists() else None
     text = fresh if existing is None else refreshed(existing.decode(errors="surrogateescape"), fresh)
@@ -131,11 +136,11 @@ def write_card(directory: Path, fresh: str) -> None:
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], config: SoftREPAConfig, where: str) -> dict[str, Tensor]:
-    """Returns `tensors` as a dict if names, shapes, types and values are an adapter's of this config.
+    """Returns `tensors` as a dict after checking that names, shapes, dtypes and values fit the config.
 
     Raises:
-        ValueError: They are not; the message says `where`.
-        TypeError: They are no tensors.
+        ValueError: They do not fit; the message begins with `where`.
+        TypeError: A value is not a tensor.
     """
     missing, extra = sorted(set(config.shapes) - set(tensors)), sorted(map(str, set(tensors) - set(config.shapes)))
     if missing or extra:
@@ -162,8 +167,8 @@ def _check_values(name: str, tensor: Tensor, where: str) -> None:
             f"{name} in {where} must hold its numbers one by one, but is {tensor.layout} on {tensor.device}"
         )
     try:
-        values = tensor.detach().to(torch.float32)  # as it will be used
-    except (RuntimeError, TypeError) as error:  # a type that torch names but cannot turn into numbers
+        values = tensor.detach().to(torch.float32)  # the dtype in which it is used
+    except (RuntimeError, TypeError) as error:  # a dtype that torch cannot convert
         raise ValueError(f"{name} in {where} must be numbers, but {tensor.dtype} cannot be read as such") from error
     bad = int((~torch.isfinite(values)).sum())
     if bad:
@@ -177,7 +182,7 @@ def _check_values(name: str, tensor: Tensor, where: str) -> None:
 
 
 def _locate(source: str, options: HubOptions) -> Path:
-    """Returns the safetensors file that `source` means, fetched from the Hub if need be."""
+    """Returns the safetensors file of a source, downloaded from the Hub if it is a repository id."""
     name = options.weight_name or WEIGHTS_NAME
     _refuse_pickle(Path(name))
     path = Path(source)
@@ -195,11 +200,17 @@ def _locate(source: str, options: HubOptions) -> Path:
         raise OSError(f"{quoted(source)} cannot be read here: {error.strerror}; check the path") from error
     if path.suffix == ".safetensors" or source.startswith((".", "/", "~", "\\")):
         raise OSError(f"there is no file or folder {one_line(source)}; check the path{_split_hint(path)}")
-    return fetch(source, name, options)
+    try:
+        return fetch(source, name, options)
+    except OSError as error:
+        kind = other_kind(files=files_of(source, options)) if is_missing(error) else None
+        if kind is None:
+            raise
+        raise OSError(f"{source} has no file {one_line(name)}; it holds {kind}") from error.__cause__
 
 
 def _missing_in(folder: Path, name: str) -> str:
-    """Returns the sentence for a folder without the file, with what it holds instead where that can be told."""
+    """Returns the message for a folder without the file; it names another kind of adapter that the folder holds."""
     files = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     kind = other_kind(files=files)
     advice = f"the folder holds {kind}" if kind else "give weight_name= if the file has another name"
@@ -207,7 +218,7 @@ def _missing_in(folder: Path, name: str) -> str:
 
 
 def _split_hint(path: Path) -> str:
-    """Returns what to write if a path that is not here is meant as a file of a Hub repository."""
+    """Returns a hint for a path that does not exist here but may mean a file of a Hub repository."""
     user, name, *folder = path.parts[:-1] if not path.is_absolute() and len(path.parts) > 2 else ("", "")
     if not user or user.startswith((".", "~")):
         return ""
@@ -216,7 +227,7 @@ def _split_hint(path: Path) -> str:
 
 
 def _refuse_other_kind(names: Iterable[object], where: str) -> None:
-    """Raises for a LoRA and other adapters of diffusers, by the names of their tensors."""
+    """Raises for adapters of other methods, such as LoRA, which are recognised by the names of their tensors."""
     names = list(names)
     kind = other_kind(tensors=names) if "tokens" not in names else None
     if kind:
@@ -224,7 +235,7 @@ def _refuse_other_kind(names: Iterable[object], where: str) -> None:
 
 
 def _refuse_pickle(path: Path, head: bytes = b"") -> None:
-    """Raises for a pickle, by its name or by the bytes it starts with."""
+    """Raises for a pickle, which is recognised by its name or its first bytes."""
     if path.suffix in _PICKLES or head.startswith(_PICKLE_HEADS):
         raise ValueError(
             f"adapters are safetensors files, but {path} is a pickle, which may run code when read; "
@@ -239,12 +250,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            # Tensors of other names are refused by name, so that their numbers need not be read.
+            # Tensors of other names are refused by name; their values are not read.
             tensors = {name: file.get_tensor(name) if name in _OURS else torch.empty(0) for name in names}
             metadata = file.metadata() or {}
     except OSError:
         raise
-    except Exception as error:  # a header that lies makes the reader raise almost anything
+    except Exception as error:  # safetensors raises many kinds of errors for a damaged header
         with path.open("rb") as content:
             _refuse_pickle(path, content.read(4))
         raise ValueError(
@@ -255,7 +266,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _config_of(path: Path, metadata: Mapping[str, str], source: str, options: HubOptions) -> SoftREPAConfig:
-    """Returns the config in the file's metadata or, where it has none, in the JSON file beside it."""
+    """Returns the config in the file's metadata or, if there is none, in the JSON file beside it."""
     where, text = one_line(path), metadata.get(METADATA_KEY)
     content: str | bytes = text or b""
     if text is None:
@@ -278,7 +289,7 @@ def _config_of(path: Path, metadata: Mapping[str, str], source: str, options: Hu
 
 
 def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
-    """Returns the JSON file beside the weights, fetched from the Hub if they were."""
+    """Returns the path of the JSON config beside the weights, downloaded if these came from the Hub."""
     try:
         if not Path(source).exists():
             weights = PurePosixPath(options.weight_name or WEIGHTS_NAME)
@@ -287,7 +298,7 @@ def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
             return path.with_name(CONFIG_NAME)
         raise OSError(f"there is no {path.with_name(CONFIG_NAME)}")
     except OSError as error:
-        if not is_missing(error) and error.__cause__ is not None:  # it may be there, but could not be had
+        if not is_missing(error) and error.__cause__ is not None:  # it may exist, but could not be downloaded
             raise
         raise ValueError(
             f"{one_line(path)} carries no SoftREPA config in its metadata and has no {CONFIG_NAME} beside it; if it "
@@ -296,9 +307,9 @@ def _config_beside(path: Path, source: str, options: HubOptions) -> Path:
 
 
 def _with_sorted_header(content: bytes) -> bytes:
-    """Returns a safetensors file with its header in a fixed order, so that equal adapters are equal files.
+    """Returns the bytes of a safetensors file with a sorted header, so that equal adapters give equal files.
 
-    The file is the header's length in 8 bytes, the header as JSON padded to a multiple of 8, and the numbers.
+    A file holds the header's length in 8 bytes, the header as JSON padded to a multiple of 8, and the values.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()

@@ -1,7 +1,7 @@
-"""Names that older releases of diffusers and transformers lack or spell otherwise, each settled once, here.
+"""Compatibility with older releases of diffusers and transformers, in one place.
 
-Everything else in the package is written for the newest releases. A seam goes when the lower bound in pyproject.toml
-passes the release named beside it.
+The rest of the package is written for the newest releases. Each entry names the release that made it necessary, and
+can be removed once the lower bound in pyproject.toml is above that release.
 """
 
 import inspect
@@ -23,15 +23,15 @@ TRANSFORMERS = Version(transformers.__version__)
 _RETRIED = inspect.signature(http_backoff).parameters["retry_on_status_codes"].default
 HUB_RETRIES: tuple[int, ...] = _RETRIED if isinstance(_RETRIED, tuple) else (429,)
 
-# diffusers 0.35: modular pipelines. None before.
+# Modular pipelines came with diffusers 0.35; None before.
 ModularPipeline: Any = getattr(diffusers, "ModularPipeline", None)
 
 
 def pil_processor(name: str) -> Any:
-    """Returns the image processor class that works on PIL images, without torchvision; `...Pil` since transformers 5.
+    """Returns the image processor class that works on PIL images and does not need torchvision.
 
     Args:
-        name: The class in transformers 4, such as `CLIPImageProcessor`.
+        name: Name of the class in transformers 4, such as `CLIPImageProcessor`. In transformers 5 `Pil` is appended.
     """
     return getattr(transformers, f"{name}Pil" if TRANSFORMERS.major > 4 else name)
 
@@ -40,34 +40,34 @@ ClipProcessor: Any = pil_processor("CLIPImageProcessor")
 
 
 def pipeline_precision(dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the argument of diffusers' `from_pretrained` that loads weights in a precision.
+    """Returns the keyword argument of diffusers' `from_pretrained` that sets the dtype of the weights.
 
     Args:
-        dtype: The precision.
+        dtype: Dtype to load the weights in.
     """
     return {_DIFFUSERS_DTYPE: dtype}
 
 
 def model_precision(dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the argument of transformers' `from_pretrained` that loads weights in a precision.
+    """Returns the keyword argument of transformers' `from_pretrained` that sets the dtype of the weights.
 
     Args:
-        dtype: The precision.
+        dtype: Dtype to load the weights in.
     """
     return {"torch_dtype" if Version("4.56") > TRANSFORMERS else "dtype": dtype}
 
 
 def pooled(output: Any) -> Tensor:
-    """Returns the projected features that CLIP's `get_image_features` and `get_text_features` computed, (n, width).
+    """Returns the projected features of CLIP's `get_image_features` or `get_text_features`, (n, width).
 
     Args:
-        output: What the method returned: the features, or since transformers 5 an output that holds them.
+        output: Return value of the method: the features, or since transformers 5 an output object that holds them.
     """
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def check_write_access(api: HfApi, repo_id: str) -> None:
-    """Asks the Hub whether one may write to a model repository; `HfApi.auth_check(write=True)` since huggingface_hub 1.
+    """Asks the Hub whether one may write to a model repository, as `HfApi.auth_check` of huggingface_hub 1 does.
 
     Args:
         api: The client, with its token.
@@ -106,7 +106,7 @@ def transport_fault(error: BaseException) -> str | None:
 
 
 def _execution_device(module: nn.Module) -> torch.device:
-    """Returns the device on which a module's inputs must be, also while offloading keeps its weights elsewhere."""
+    """Returns the device on which a module runs, even if offloading keeps its weights on another device."""
     from diffusers.hooks.group_offloading import _get_group_onload_device
 
     try:

@@ -1,6 +1,6 @@
-"""What an adapter is, in numbers and words: the content of `adapter_config.json`.
+"""The configuration of an adapter, which is stored as `adapter_config.json`.
 
-With K tokens for each of L layers, B timestep bins and width D an adapter holds `L*K*D + B*L*D` numbers.
+With K tokens for each of L layers, B timestep bins and width D an adapter has `L*K*D + B*L*D` parameters.
 """
 
 import math
@@ -36,22 +36,25 @@ _MOST_STD = 1e6
 
 @dataclass
 class SoftREPAConfig(PeftConfig):
-    """Configuration of one soft-token adapter. Make it with `SoftREPAConfig.for_denoiser`.
+    """Configuration of one soft-token adapter. `SoftREPAConfig.for_denoiser` creates one that fits a denoiser.
 
-    Inherits PEFT's `base_model_name_or_path`, `revision` and `inference_mode`; the adapter is not a PEFT tuner.
+    The class inherits `base_model_name_or_path`, `revision` and `inference_mode` from PEFT's `PeftConfig`. The adapter
+    itself is not a PEFT tuner.
 
     Attributes:
-        family: Name of the denoiser family, e.g. `"sd3"`.
-        token_dim: Width D of the text stream that the denoiser's blocks read.
-        num_tokens: Soft tokens per layer, K.
-        num_layers: Layers L that have tokens of their own: the first L text blocks. 1 where stages share one layer.
-        stages: For UNets: the stages whose blocks see the tokens. None elsewhere.
-        num_timestep_bins: Equal stretches B of the 0..1000 timestep scale with a learned offset each; None for none.
-        num_banks: Sets of tokens kept side by side. Sampling uses the first; methods that learn a second set from
-            mismatched pairs keep it in the second.
-        init: `"normal"` draws tokens from N(0, init_std); `"text"` starts from text embeddings plus that noise, so
-            that no two tokens are equal.
-        init_std: Standard deviation of the initial noise.
+        family: Name of the denoiser family, such as `"sd3"`. Required.
+        token_dim: Width D of the text stream that the blocks of the denoiser read. Required.
+        num_tokens: Number K of soft tokens per layer. Defaults to 4.
+        num_layers: Number L of layers that have tokens of their own: the first L blocks that read text. Defaults to 1,
+            which is required for UNets, where all stages share one layer.
+        stages: For UNets, the stages whose blocks read the tokens, such as `["down", "mid"]`. None for other families.
+        num_timestep_bins: Number B of equal bins of the 0..1000 timestep scale; each bin has a learned offset of the
+            tokens. Defaults to None: the tokens do not depend on the timestep.
+        num_banks: Number of token sets. Sampling uses the first set. Objectives that train a second set on mismatched
+            pairs store it as the second. Defaults to 1.
+        init: `"normal"` draws the initial tokens from a normal distribution; `"text"` starts from text embeddings and
+            adds the same noise, so that no two tokens are equal. Defaults to `"normal"`.
+        init_std: Standard deviation of the initial noise. Defaults to 0.02.
 
     Raises:
         ValueError: A field is missing or out of range.
@@ -109,18 +112,21 @@ class SoftREPAConfig(PeftConfig):
         num_timestep_bins: int | Literal["default"] | None = "default",
         **fields: Any,
     ) -> "SoftREPAConfig":
-        """Returns the config for a denoiser: the published settings of its family, and yours where given.
+        """Returns a configuration that fits a denoiser, with the published settings of its family as defaults.
 
         Args:
-            denoiser: The frozen model, e.g. `pipe.transformer` or `pipe.unet`.
-            num_tokens: Tokens per layer.
-            num_layers: How many of the first text blocks get tokens, for families with numbered layers.
-            stages: Which of `"down"`, `"mid"`, `"up"` see the tokens, for UNets.
-            num_timestep_bins: Number of bins, or None for tokens that do not depend on the timestep.
-            **fields: Any other field of the config.
+            denoiser: The frozen model, such as `pipe.transformer` or `pipe.unet`.
+            num_tokens: Number of tokens per layer. Defaults to that of the family.
+            num_layers: Number of blocks that get tokens, counted from the first block that reads text. Not for UNets.
+                Defaults to that of the family.
+            stages: For UNets only, which of `"down"`, `"mid"` and `"up"` read the tokens. Defaults to those of the
+                family.
+            num_timestep_bins: Number of timestep bins, or None for tokens that do not depend on the timestep. Defaults
+                to that of the family.
+            **fields: Any other field of the configuration.
 
         Raises:
-            ValueError: The denoiser's class is not supported, or a value does not fit it.
+            ValueError: The class of the denoiser is not supported, or a value does not fit the denoiser.
         """
         spec = family_of(denoiser)
         values = spec.defaults(_settings(denoiser))
@@ -134,10 +140,13 @@ class SoftREPAConfig(PeftConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SoftREPAConfig":
-        """Returns the config that `to_dict` described.
+        """Returns the configuration that `to_dict` wrote.
+
+        Args:
+            values: Fields by name. Unlike PEFT's method, this one refuses unknown fields.
 
         Raises:
-            ValueError: It belongs to another method, or holds a field that this version does not know.
+            ValueError: The configuration belongs to another method, or has a field that this version does not know.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a SoftREPA config must be a JSON object, but is {quoted(values)}")
@@ -155,18 +164,23 @@ class SoftREPAConfig(PeftConfig):
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the config as it is written into files.
+        """Returns the fields as they are stored in files.
 
-        A base that was loaded from a folder is left out: its path means nothing elsewhere, and is nobody's business.
+        `base_model_name_or_path` is stored as None if it is a local path, which is private and has no meaning on
+        another machine.
         """
         return {**super().to_dict(), "base_model_name_or_path": hub_id(self.base_model_name_or_path)}
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """PEFT's hook of `from_pretrained`: reads strictly.
+        """Reads the fields from a JSON file. PEFT calls it in `from_pretrained`.
+
+        Args:
+            path_json_file: Path of the file.
+            **kwargs: Not used.
 
         Raises:
-            UnreadableJSON: The file holds no JSON object, or one beyond any config's size.
+            UnreadableJSON: The file is not a JSON object, or is larger than any configuration.
         """
         found = read_json(path_json_file, max_bytes=MAX_CONFIG_BYTES)
         if not isinstance(found, dict):
@@ -175,14 +189,14 @@ class SoftREPAConfig(PeftConfig):
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> "SoftREPAConfig":
-        """PEFT's hook of `from_pretrained`: reads strictly instead of dropping what it does not know."""
+        """Returns the configuration with these fields; refuses unknown ones. PEFT calls it in `from_pretrained`."""
         return cls.from_dict(values)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the adapter's tensors: `tokens` (L, K, D) and, with bins, `timestep_tokens` (B, L, D).
+        """Shapes of the tensors by name: `tokens` (L, K, D) and, if there are bins, `timestep_tokens` (B, L, D).
 
-        With several banks each has a leading bank axis.
+        With several banks both shapes begin with the number of banks.
         """
         banks = () if self.num_banks == 1 else (self.num_banks,)
         shapes = {"tokens": (*banks, self.num_layers, self.num_tokens, self.token_dim)}
@@ -192,15 +206,19 @@ class SoftREPAConfig(PeftConfig):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """Number of parameters of the adapter."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def layers_of(denoiser: nn.Module, config: SoftREPAConfig) -> dict[str, int]:
-    """Returns which layer of tokens each block reads: `{block path: layer index}` in running order.
+    """Returns the index of the token layer that each block reads, by block path, in the order the blocks run.
+
+    Args:
+        denoiser: The frozen model.
+        config: Configuration of an adapter.
 
     Raises:
-        ValueError: The config does not fit the denoiser: family, width, number of layers, stages.
+        ValueError: Family, width, number of layers or stages of the configuration do not fit the denoiser.
     """
     spec = family_of(denoiser)
     kind = type(denoiser).__name__
@@ -282,7 +300,7 @@ def _checked_stages(stages: Any) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that float64 holds; a whole number of JSON may have any number of digits."""
+    """Returns whether a value is a number that fits float64; an integer in JSON may have any number of digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= 1e300

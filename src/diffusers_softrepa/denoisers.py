@@ -1,4 +1,4 @@
-"""The denoisers of a pipeline, and the answer when it has none that takes soft tokens."""
+"""Finds the denoisers of a pipeline, and explains why when it has none that takes soft tokens."""
 
 import inspect
 from typing import Any
@@ -7,21 +7,27 @@ import torch
 from torch import nn
 
 from .families import is_supported, supported_denoisers
+from .wrapping import uncompiled
 
 
 def denoisers_of(target: Any) -> dict[str, nn.Module]:
-    """Returns the denoisers of a pipeline by component name, or `target` itself when it is one.
+    """Returns the denoisers of a pipeline by component name.
 
-    Compiled modules are unwrapped. A module that is two components counts as the first.
+    Args:
+        target: A pipeline, or a denoiser, which is returned under the name of its class.
+
+    Returns:
+        The denoisers, without the wrapper of `torch.compile`. A module that is two components at once is returned
+        under the first name only.
 
     Raises:
-        ValueError: There is none that takes soft tokens.
+        ValueError: There is no denoiser that takes soft tokens.
     """
     if isinstance(target, nn.Module):
         components = {type(target).__name__: target}
     else:
         components = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
-    modules = {name: unwrapped(part) for name, part in components.items()}
+    modules = {name: uncompiled(part) for name, part in components.items()}
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if is_supported(module) and not any(module is other for other in found.values()):
@@ -38,16 +44,23 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
 
 
 def takes_soft_tokens(target: Any) -> bool:
-    """Whether a pipeline has a denoiser that takes soft tokens, or is one."""
+    """Returns whether a pipeline has a denoiser that takes soft tokens.
+
+    Args:
+        target: A pipeline or a module.
+    """
     components = [target] if isinstance(target, nn.Module) else target.components.values()
-    return any(isinstance(part, nn.Module) and is_supported(unwrapped(part)) for part in components)
+    return any(isinstance(part, nn.Module) and is_supported(uncompiled(part)) for part in components)
 
 
 def denoiser_of(target: Any) -> nn.Module:
-    """Returns the one denoiser of a pipeline, or `target` itself when it is one.
+    """Returns the only denoiser of a pipeline, without the wrapper of `torch.compile`.
+
+    Args:
+        target: A pipeline, or a denoiser, which is returned itself.
 
     Raises:
-        ValueError: There is none that takes soft tokens, or more than one.
+        ValueError: There is no denoiser that takes soft tokens, or more than one.
     """
     found = denoisers_of(target)
     if len(found) > 1:
@@ -58,10 +71,13 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def check_passes_gradients(denoiser: nn.Module) -> None:
-    """Checks that gradients pass each quantised layer of a denoiser, as training needs.
+    """Checks that gradients flow through each quantised linear layer of a denoiser, which training requires.
+
+    Args:
+        denoiser: The denoiser to train on.
 
     Raises:
-        ValueError: One stops them, as torchao's dynamic int8 does, which rounds what comes in.
+        ValueError: A layer stops gradients, as torchao's dynamic int8 quantisation does, which rounds activations.
     """
     for name, layer in denoiser.named_modules():
         weight: Any = getattr(layer, "weight", None)
@@ -80,13 +96,8 @@ def check_passes_gradients(denoiser: nn.Module) -> None:
             )
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module behind `torch.compile`."""
-    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
-
-
 def _blocks(module: nn.Module) -> str:
-    """Returns the lists of blocks of a module that may read text, with what their forward takes."""
+    """Returns a description of the block lists of a module that may read text, with the arguments of their forward."""
     found = []
     for name, blocks in module.named_children():
         if isinstance(blocks, nn.ModuleList) and len(blocks) > 0:

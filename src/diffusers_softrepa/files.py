@@ -1,8 +1,8 @@
-"""Files as every room writes and reads them: written whole or not at all, and JSON read strictly.
+"""Atomic writing of files, and strict reading of text and JSON.
 
-A file is written beside its place under a hidden name and renamed into it, so that a reader, a full disk, an interrupt
-or a power cut meets the old file or the new one. JSON that comes from elsewhere is bounded in size, depth and digits
-before anything is built from it, and whatever is wrong with it is one kind of error, `UnreadableJSON`.
+A file is written under a hidden name in the same folder and then renamed. So after a full disk, an interrupt or a
+power failure there is either the old file or the complete new one. JSON is limited in size, depth and digits before it
+is parsed, and every defect raises `UnreadableJSON`.
 """
 
 import errno
@@ -31,7 +31,7 @@ class UnreadableText(ValueError):
 
 
 class UnreadableJSON(ValueError):
-    """A text is no JSON that this package reads; the message names the file, the line where one is known, and why."""
+    """A text is not valid JSON or exceeds a limit; the message names the file, the reason, and the line if known."""
 
 
 # Writing
@@ -42,8 +42,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str, *, durable: 
 
     Args:
         path: The file; its folder must exist. What was there before is replaced.
-        content: What it is to hold; text is written as UTF-8.
-        durable: Whether to wait until the disk has it, so that a power cut leaves the old file or the new one too.
+        content: The content of the file; a string is written as UTF-8.
+        durable: Whether to wait until the content is on the disk, so that it survives a power failure.
 
     Raises:
         OSError: It cannot be written; the file that was there before is untouched.
@@ -57,12 +57,12 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str, *, durable: 
 def whole_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Opens a file to be written, which appears complete when the block ends and not at all if it raises.
 
-        with whole_file("picture.png") as file:
+        with whole_file("image.png") as file:
             image.save(file, format="PNG")
 
     Args:
         path: The file; its folder must exist. What was there before is replaced.
-        durable: Whether to wait until the disk has it, so that a power cut leaves the old file or the new one too.
+        durable: Whether to wait until the content is on the disk, so that it survives a power failure.
 
     Raises:
         OSError: It cannot be written; the message names the file, and the one that was there before is untouched.
@@ -84,12 +84,12 @@ def whole_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterato
 
 
 def move_into_place(partial: str | os.PathLike[str], path: str | os.PathLike[str], *, durable: bool = True) -> None:
-    """Renames a complete file or folder to the name under which others look for it, in one step.
+    """Renames a complete file or folder to its final name, in one step.
 
     Args:
         partial: The complete file or folder, on the same disk.
-        path: Its name from now on. A file, or an empty folder, that has it is replaced.
-        durable: Whether to wait until the disk has the new name.
+        path: Its final name. An existing file or empty folder of that name is replaced.
+        durable: Whether to wait until the new name is on the disk.
 
     Raises:
         OSError: It cannot be renamed.
@@ -100,7 +100,7 @@ def move_into_place(partial: str | os.PathLike[str], path: str | os.PathLike[str
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Waits until the disk has the names in a folder; does nothing where the system cannot be asked to."""
+    """Waits until the names in a folder are on the disk; does nothing on systems that cannot sync folders."""
     if os.name != "posix":
         return
     try:
@@ -126,16 +126,17 @@ def read_json(
     max_depth: int = MAX_DEPTH,
     allow_nonfinite: bool = False,
 ) -> Any:
-    """Returns what a JSON file holds.
+    """Returns the value in a JSON file.
 
     Args:
         path: The file, in UTF-8 with or without a byte order mark.
         max_bytes: Longest file that is read.
-        max_depth: How many lists and objects may stand in one another.
-        allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are taken; no JSON, but Python writes it.
+        max_depth: How deep lists and objects may be nested.
+        allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are accepted; Python writes them, though
+            they are not JSON.
 
     Raises:
-        UnreadableJSON: It is no such JSON, or a key stands twice in one object.
+        UnreadableJSON: It is not valid JSON, exceeds a limit, or has the same key twice in one object.
         OSError: There is no such file, or it cannot be read.
     """
     where = one_line(os.fspath(path))
@@ -147,9 +148,9 @@ def read_json(
 
 
 def read_lines(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> list[str]:
-    """Returns the lines of a text file without their ends, which are newlines, with or without a carriage return.
+    """Returns the lines of a text file, without their line ends.
 
-    Nothing else ends a line: not the separators of Unicode, such as U+2028, which stand inside texts.
+    A line ends with a newline, with or without a carriage return; separators of Unicode such as U+2028 end no line.
 
     Args:
         path: The file, in UTF-8 with or without a byte order mark.
@@ -189,20 +190,20 @@ def read_json_lines(
     allow_nonfinite: bool = False,
     allow_surrogates: bool = False,
 ) -> Iterator[tuple[int, Any]]:
-    """Reads a file with a JSON text on each line and yields each line's number, from 1, and value.
+    """Yields number (from 1) and value of each line of a JSON Lines file.
 
     Empty lines are skipped.
 
     Args:
         path: The file, in UTF-8 with or without a byte order mark.
-        torn_end: Whether a last line without an end, such as a killed writer leaves, is left out if it is no JSON.
+        torn_end: Whether an incomplete last line, as a killed process leaves it, is skipped.
         max_bytes: Longest line that is read.
-        max_depth: How many lists and objects may stand in one another.
-        allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are taken.
-        allow_surrogates: Whether a text may hold half of a character, for readers that look for it themselves.
+        max_depth: How deep lists and objects may be nested.
+        allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are accepted.
+        allow_surrogates: Whether strings may hold lone surrogates, for callers that check them themselves.
 
     Raises:
-        UnreadableJSON: A line is no such JSON; the message names it.
+        UnreadableJSON: A line is not valid JSON or exceeds a limit; the message names the line.
         OSError: There is no such file, or it cannot be read.
     """
     where = one_line(os.fspath(path))
@@ -238,18 +239,18 @@ def parse_json(
     allow_nonfinite: bool = False,
     allow_surrogates: bool = False,
 ) -> Any:
-    """Returns what a JSON text holds.
+    """Returns the value of a JSON text.
 
     Args:
         text: The text; bytes are UTF-8, with or without a byte order mark.
-        where: What the text is, for messages, such as `"the metadata of adapter.safetensors"`.
+        where: Name of the text in messages, such as `"the metadata of adapter.safetensors"`.
         max_bytes: Longest text that is read.
-        max_depth: How many lists and objects may stand in one another.
-        allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are taken.
-        allow_surrogates: Whether a text may hold half of a character, for readers that look for it themselves.
+        max_depth: How deep lists and objects may be nested.
+        allow_nonfinite: Whether `NaN`, `Infinity` and numbers beyond float64 are accepted.
+        allow_surrogates: Whether strings may hold lone surrogates, for callers that check them themselves.
 
     Raises:
-        UnreadableJSON: It is no such JSON, or a key stands twice in one object.
+        UnreadableJSON: It is not valid JSON, exceeds a limit, or has the same key twice in one object.
     """
     if len(text) > max_bytes:
         raise UnreadableJSON(f"{where} is longer than {max_bytes:,} bytes, the most that is read")
@@ -279,7 +280,7 @@ def parse_json(
 
 
 class _Hooks:
-    """What the reader calls for each number, constant and object."""
+    """Callbacks of `json.loads` for numbers, constants and objects."""
 
     def __init__(self, where: str, *, allow_nonfinite: bool) -> None:
         self._where, self._allow_nonfinite = where, allow_nonfinite
@@ -327,7 +328,7 @@ def _check_depth(text: str, where: str, max_depth: int) -> None:
 
 
 def _is_unicode(value: Any) -> bool:
-    """Whether all texts in a value can be written as UTF-8."""
+    """Whether all strings in a value can be encoded as UTF-8."""
     if isinstance(value, str):
         return not any("\ud800" <= sign <= "\udfff" for sign in value)
     if isinstance(value, Mapping):

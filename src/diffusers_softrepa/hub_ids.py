@@ -1,4 +1,4 @@
-"""What of a model's name may be told to others: a Hub repository id is public, a path on somebody's disk is not."""
+"""Hub repository ids in the names that models were loaded from; local paths are private and are never published."""
 
 import os
 import re
@@ -11,12 +11,11 @@ _SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots(?:[/\\]|\Z)
 
 
 def hub_id(name: str | os.PathLike[str] | None) -> str | None:
-    """Returns the Hub repository id that a model's name or path means, or None.
+    """Returns the Hub repository id in the name or path that a model was loaded from, or None.
 
     Args:
-        name: What a model was loaded from. `user/name` is an id unless a file or folder of that name is here; a path
-            into the Hub's cache, `.../models--user--name/snapshots/...`, means the repository that was cached; every
-            other path means none.
+        name: The name or path. `user/name` is an id unless a local file or folder has that name; a path into the Hub
+            cache, `.../models--user--name/snapshots/...`, gives the id of the cached repository; any other path None.
     """
     if name is None:
         return None

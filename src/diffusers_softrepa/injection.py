@@ -1,19 +1,19 @@
-"""The one injector: it reads a family spec and gives a denoiser's blocks their soft tokens.
+"""Inserts soft tokens into the blocks of a denoiser, as its family spec describes.
 
-Two kinds of `forward` are wrapped, innermost, beneath every hook that offloading, caching or LoRA may have put around
-them, so that to all of them a block with tokens looks like the block itself: same arguments in, same shapes out.
+Two kinds of `forward` are wrapped. The wrapper is innermost, beneath the hooks of offloading, caching and LoRA, so
+that these hooks see a block with the arguments and output shapes of the block without soft tokens.
 
 - The denoiser's `forward` looks up the tokens of this call's timestep and hands each block its own.
 - A block's `forward` inserts them into the text stream, runs, and cuts them off the text stream it returns. Blocks
   that count the rows of their text get them at its projections instead (level `"kv"`), which are wrapped as well.
 
-What a call hands to a block is kept per thread and put back when the call ends. Under gradient checkpointing a block
-runs again in the backward pass, when another timestep may be current; there the tokens are inserted before the block
-is checkpointed, so that they are among the inputs that are kept for it.
+What a denoiser call passes to its blocks is thread-local and restored when the call ends. Under gradient checkpointing
+a block runs again in the backward pass, when another timestep may be current; there the tokens are inserted before the
+block is checkpointed, so that they are among its saved inputs.
 
-A call is all old or all new. It reads what is to be done once, when it begins, with the numbers of all tokens; what is
-changed later is for later calls. Wrappers go on before anything needs them, and come off when neither the sources of
-now nor a call that still runs needs them.
+A denoiser call is atomic with respect to changes of the adapters. It reads the active adapters and their values once,
+when it begins; later changes affect later calls. Wrappers are installed before a call needs them and removed when
+neither the active adapters nor a running call needs them.
 
 Weights. Let f(S) be a block's output with the tokens of the adapters in S. Its output for weights w_1 >= ... >= w_n is
 the Choquet integral (Lovasz extension) of f,
@@ -30,35 +30,39 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from .branches import GuidanceBranch, negative_rows, select_rows
 from .families import BlockGroup, FamilySpec, text_blocks
 from .insertion import cut_tokens, insert_rows, insert_tokens
 from .tokens import SoftTokens
 from .weights import as_number
 from .wrapping import Wrap, bound, positions_of, replaced, uncompiled, wrapped_by
 
-# Key of `joint_attention_kwargs` and its kin: factor of all weights in one call, as `scale` is LoRA's.
+# Key of `joint_attention_kwargs` (and `cross_attention_kwargs`, ...): factor of all adapter weights in one call.
 SCALE = "softrepa_scale"
 
-# What one block does in one denoiser call: (factor, tokens) for each term, factor None for 1, tokens None for none.
+# (factor, tokens) for each term of a block's weighted sum, factor None for 1, tokens None for none.
 Terms = tuple[tuple[Tensor | None, Tensor | None], ...]
+# What one block does in one denoiser call: its terms, and the rows (bool, (rows,)) that stay without tokens.
+BlockWork = tuple[Terms, Tensor | None]
 # The same before the timestep is known: (factor, ((source index, layer), ...)).
 Plan = tuple[tuple[Tensor | None, tuple[tuple[int, int], ...]], ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tokens that take part, where, and how strongly.
+    """Soft tokens of one active adapter.
 
     Attributes:
-        tokens: The table.
-        layers: Which layer of it each block reads, by block path.
-        weights: Factor of their effect in each of these blocks, by block path.
+        tokens: The learned tokens of all layers.
+        layers: Index of the layer of `tokens` that each block reads, by block path.
+        weights: Adapter weight in each of these blocks, by block path.
     """
 
     tokens: SoftTokens
@@ -67,7 +71,7 @@ class Source:
 
 
 class _ThreadSlot(threading.local):
-    """A value of the running thread; a copy starts empty."""
+    """A thread-local value, None unless set; a copy is empty."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -78,12 +82,15 @@ class _ThreadSlot(threading.local):
 
 @dataclass(eq=False)
 class _Site:
-    """One block that tokens can go to.
+    """One block that can receive soft tokens.
 
     Attributes:
-        current: Terms of the denoiser call that runs in this thread.
-        projected: For level `"kv"`: tokens of the term that runs in this thread.
-        wraps: What is put on it: on the block, and for level `"kv"` on each projection, by path within the block.
+        block: The block.
+        group: How it reads text.
+        positions: Position of each parameter of its forward.
+        current: `BlockWork` of the denoiser call that runs in this thread.
+        projected: For level `"kv"`: the tokens that the projections insert in this thread.
+        wraps: Wrapper of the block (key `""`) and, for level `"kv"`, of each projection, by path within the block.
     """
 
     block: nn.Module
@@ -100,7 +107,7 @@ class _Site:
         return site
 
     def set(self, kind: Hashable) -> None:
-        """Puts the wrappers on for this kind of work, or takes them off when it is None."""
+        """Installs the wrappers for this kind of work, or removes them if it is None."""
         self.wraps[""].set(kind)
         if self.group.level == "kv":
             for path in self.group.projections:
@@ -111,31 +118,33 @@ class _Site:
                 self.wraps.setdefault(path, Wrap(module, _run_projection, self)).set(kind)
 
     def follow(self) -> None:
-        """Wraps the projections that are in place now."""
+        """Wraps the current projections; LoRA may have replaced some of them."""
         if any(self.wraps[path].module is not uncompiled(self.block.get_submodule(path)) for path in self.wraps):
             self.set(self.wraps[""].kind)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What denoiser calls do from one change of the sources to the next.
+    """What denoiser calls do until the active adapters change.
 
     Attributes:
-        sources: Whose tokens take part.
-        plans: What each block does that gets any, with its path.
-        kinds: Kind of work of every block that tokens can go to, by path; None for those that run as they are.
+        sources: Soft tokens of the active adapters.
+        branch: Branches of classifier-free guidance that receive them.
+        plans: Path and plan of each block that receives tokens.
+        kinds: Kind of work of every block that can receive tokens, by path; None for a block that receives none.
     """
 
     sources: tuple[Source, ...] = ()
+    branch: GuidanceBranch = "both"
     plans: tuple[tuple[str, Plan], ...] = ()
     kinds: Mapping[str, Hashable] = field(default_factory=dict)
 
 
 class _Call:
-    """A call that runs, of the denoiser or of a block in the backward pass: the wrappers that it began with stay on.
+    """A running call of the denoiser, or of a block in the backward pass, whose wrappers stay installed until it ends.
 
     Attributes:
-        kinds: Kinds of work of the blocks, by path.
+        kinds: Kind of work of each block, by path.
     """
 
     def __init__(self, kinds: Mapping[str, Hashable]) -> None:
@@ -143,9 +152,9 @@ class _Call:
 
 
 class _Calls:
-    """The calls that run now, and the lock under which they begin and end; a copy starts with none.
+    """The running calls, and the lock under which calls begin and end; a copy has no running calls.
 
-    They are held weakly: one that was interrupted before it could say that it ends does not count for long.
+    Calls are referenced weakly, so that one that was interrupted before it ended does not keep wrappers installed.
     """
 
     def __init__(self) -> None:
@@ -157,11 +166,11 @@ class _Calls:
 
 
 class Injector:
-    """Gives the text blocks of one denoiser the tokens of any number of sources.
+    """Inserts the soft tokens of all active adapters into the text blocks of one denoiser.
 
     Args:
-        denoiser: The frozen model. It is wrapped while there are sources, or calls that began with some, and exactly
-            as it was otherwise.
+        denoiser: The frozen model. It is wrapped only while adapters are active, or while calls that began with
+            active adapters still run.
         spec: Its family.
     """
 
@@ -175,59 +184,65 @@ class Injector:
         self._work = _Work()
         self._calls = _Calls()
         self._bank = _ThreadSlot()
+        self.context = _ThreadSlot()  # name of the cache context that is open in this thread
         self.checkpointing = _Checkpointing(
             self, denoiser, {site.block: (path, site) for path, site in self._sites.items()}
         )
 
     @classmethod
     def of(cls, denoiser: nn.Module, spec: FamilySpec) -> "Injector":
-        """Returns the injector at work on a denoiser, if only for calls that still run, or a new one."""
+        """Returns the injector whose wrapper is installed on a denoiser, or a new injector."""
         injector, _ = wrapped_by(denoiser)
         return cls(denoiser, spec) if injector is None else injector
 
-    def use(self, sources: Sequence[Source]) -> None:
-        """Makes `sources` the tokens of all denoiser calls that begin from now on; weight 0 counts as absent.
+    def use(self, sources: Sequence[Source], branch: GuidanceBranch = "both") -> None:
+        """Sets the soft tokens that later denoiser calls insert; a source of weight 0 is ignored.
 
-        Interrupted anywhere, a further call ends in what that one was asked for.
+        If a call of this method is interrupted, calling it again completes the change.
+
+        Args:
+            sources: Soft tokens of the active adapters.
+            branch: Branches of classifier-free guidance that receive them.
         """
         sources = tuple(source for source in sources if any(source.weights.values()))
         plans = {path: _plan(path, sources) for path in self._sites}
         kinds = {path: _kind(plan) for path, plan in plans.items()}
-        work = _Work(sources, tuple((path, plan) for path, plan in plans.items() if kinds[path]), kinds)
+        work = _Work(sources, branch, tuple((path, plan) for path, plan in plans.items() if kinds[path]), kinds)
         with self._calls.lock:
-            self._settle(work.kinds, self._work.kinds)
+            _watch_contexts(self._denoiser, on=bool(sources) and branch != "both")
+            self._update_wrappers(work.kinds, self._work.kinds)
             self._work = work
-            self._settle(work.kinds)
+            self._update_wrappers(work.kinds)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keeps calls from beginning while the numbers of tokens are replaced."""
+        """Blocks new denoiser calls while the values of tokens are replaced."""
         with self._calls.lock:
             yield
 
     def use_bank(self, bank: Tensor | int) -> None:
-        """Chooses the bank, `(batch,)` or one for all, that calls of this thread read; 0 unless set."""
+        """Selects the token bank for the calls of this thread: one for all rows, or int64 `(batch,)`; 0 unless set."""
         self._bank.value = bank
 
     def begin(self, call: _Call) -> None:
-        """Registers a call that runs, and puts on the wrappers that it needs and does not find."""
+        """Registers a running call and installs wrappers that it needs and that were removed."""
         with self._calls.lock:
             self._calls.running.add(call)
             if any(kind and self._sites[path].wraps[""].kind is None for path, kind in call.kinds.items()):
-                self._settle(self._work.kinds)
+                self._update_wrappers(self._work.kinds)
 
     def end(self, call: _Call) -> None:
-        """Ends a call; the wrappers that nothing else needs come off."""
+        """Unregisters a call and removes the wrappers that nothing else needs."""
         with self._calls.lock:
             self._calls.running.discard(call)
             if any(kind and not self._work.kinds.get(path) for path, kind in call.kinds.items()):
-                self._settle(self._work.kinds)
+                self._update_wrappers(self._work.kinds)
 
     def without_scale(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
-        """Returns the arguments of a call as the denoiser knows them, and the strength that they held for us.
+        """Returns the arguments of a call without the key `softrepa_scale`, and the value of that key (1.0 without).
 
         Raises:
-            ValueError: The strength is not a finite number.
+            ValueError: The value is not a finite number.
         """
         for name, given in bound(self._positions, args, kwargs).items():
             if name.endswith("attention_kwargs") and isinstance(given, Mapping) and SCALE in given:
@@ -238,16 +253,16 @@ class Injector:
 
     def begin_denoiser(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float
-    ) -> tuple[_Call, list[tuple[_Site, Terms]]]:
-        """Registers a denoiser call; returns it with what each site does in it."""
+    ) -> tuple[_Call, list[tuple[_Site, BlockWork]]]:
+        """Registers a denoiser call; returns it with the work of each block in it."""
         with self._calls.lock:
             call = _Call(self._work.kinds)
-            terms = self.terms_of_call(args, kwargs, scale)
+            work = self.work_of_call(args, kwargs, scale)
             self._calls.running.add(call)
-        return call, terms
+        return call, work
 
-    def _settle(self, *needs: Mapping[str, Hashable]) -> None:
-        """Wraps what is needed, for the first kind of work that is, and nothing else."""
+    def _update_wrappers(self, *needs: Mapping[str, Hashable]) -> None:
+        """Installs the wrappers that `needs` or a running call requires, and removes all others."""
         held = [*needs, *(call.kinds for call in self._calls.running)]
         kinds = {path: next(filter(None, (need.get(path) for need in held)), None) for path in self._sites}
         on = any(kinds.values())
@@ -258,12 +273,19 @@ class Injector:
         if not on:
             self._denoiser_wrap.set(None)
 
-    def terms_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float) -> list[tuple[_Site, Terms]]:
-        """Returns what each site does in the denoiser call with these arguments, all weights times `scale`."""
+    def work_of_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], scale: float
+    ) -> list[tuple[_Site, BlockWork]]:
+        """Returns the work of each block in a denoiser call with these arguments, with all weights times `scale`."""
         sources, work = self._work.sources, self._work.plans
         if not sources:
             return []
         arguments = bound(self._positions, args, kwargs)
+        negative: bool | Tensor = False
+        if self._work.branch != "both":
+            negative = negative_rows(self._denoiser, self.context.value, arguments)
+            if negative is True:
+                return []
         self._check_call(arguments, timed=any((source.tokens.num_bins or 1) > 1 for source in sources))
         if any(self._sites[path].group.level == "kv" for path, _ in work) and not torch.compiler.is_compiling():
             for site in self._sites.values():
@@ -276,10 +298,11 @@ class Injector:
         tables = [table.expand(rows, -1, -1, -1) for table in tables]
         if scale != 1.0:
             work = tuple((path, _plan(path, sources, scale)) for path, _ in work)
-        return [(self._sites[path], _terms(plan, tables)) for path, plan in work]
+        kept = negative if isinstance(negative, Tensor) else None
+        return [(self._sites[path], (_terms(plan, tables), kept)) for path, plan in work]
 
     def _check_call(self, arguments: Mapping[str, Any], *, timed: bool) -> None:
-        """Refuses what cannot be right with tokens, before anything is touched."""
+        """Raises ValueError for a call that soft tokens cannot be combined with."""
         _check_undivided(self._denoiser)
         for guard in (*self._guards, *(self._timed_guards if timed else ())):
             hindrance = guard(self._denoiser, arguments)
@@ -288,7 +311,7 @@ class Injector:
 
 
 def _plan(path: str, sources: Sequence[Source], scale: float = 1.0) -> Plan:
-    """Returns the Choquet terms of one block, those with factor zero left out."""
+    """Returns the terms of the Choquet integral of one block, without those of factor zero."""
     here = [
         (scale * source.weights[path], (index, layer))
         for index, source in enumerate(sources)
@@ -305,19 +328,19 @@ def _plan(path: str, sources: Sequence[Source], scale: float = 1.0) -> Plan:
 
 
 def _factor(value: float) -> Tensor:
-    with torch.inference_mode(False):  # a call that trains may use it
+    with torch.inference_mode(False):  # a training call may use it
         return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _kind(plan: Plan) -> tuple[tuple[bool, int], ...] | None:
-    """Returns what decides how a block's work runs, whatever the numbers; None when it runs as it is."""
+    """Returns the structure of a block's plan without its numbers; None for a block that receives no tokens."""
     if all(not members for _, members in plan):
         return None
     return tuple((factor is None, len(members)) for factor, members in plan)
 
 
 def _terms(plan: Plan, tables: list[Tensor]) -> Terms:
-    """Returns the terms with their tokens."""
+    """Returns the terms of a plan with the tokens of each."""
     return tuple(
         (factor, torch.cat([tables[index][:, layer] for index, layer in members], dim=1) if members else None)
         for factor, members in plan
@@ -325,42 +348,42 @@ def _terms(plan: Plan, tables: list[Tensor]) -> Terms:
 
 
 def _run_denoiser(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """The denoiser's forward: each block gets its tokens for this call, and its former ones back after it."""
+    """The wrapped forward of a denoiser: sets the work of each block for this call and restores it afterwards."""
     injector, forward = wrapped_by(module)
     if injector is None:
         return forward(*args, **kwargs)
     args, kwargs, scale = injector.without_scale(args, kwargs)
-    if torch.compiler.is_compiling():  # the graph holds all that the call does
-        return _run_with_terms(injector, injector.terms_of_call(args, kwargs, scale), forward, args, kwargs)
+    if torch.compiler.is_compiling():  # calls are not registered: the compiled graph is complete in itself
+        return _run_with_work(injector, injector.work_of_call(args, kwargs, scale), forward, args, kwargs)
     call, work = injector.begin_denoiser(args, kwargs, scale)
     try:
-        return _run_with_terms(injector, work, forward, args, kwargs)
+        return _run_with_work(injector, work, forward, args, kwargs)
     finally:
         injector.end(call)
 
 
-def _run_with_terms(
+def _run_with_work(
     injector: Injector,
-    work: list[tuple[_Site, Terms]],
+    work: list[tuple[_Site, BlockWork]],
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     before = [site.current.value for site, _ in work]
-    for site, terms in work:
-        site.current.value = terms
+    for site, block_work in work:
+        site.current.value = block_work
     checkpointed = injector.checkpointing.enter()
     try:
         return forward(*args, **kwargs)
     finally:
-        for (site, _), terms in zip(work, before, strict=True):
-            site.current.value = terms
+        for (site, _), block_work in zip(work, before, strict=True):
+            site.current.value = block_work
         if checkpointed:
             injector.checkpointing.leave()
 
 
 def _run_block(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward: the weighted sum of its terms."""
+    """The wrapped forward of a block: the weighted sum of its outputs with different sets of tokens."""
     site, forward = wrapped_by(module)
     if site is None or site.current.value is None:
         return forward(*args, **kwargs)
@@ -368,7 +391,7 @@ def _run_block(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_projection(module: nn.Module, /, text: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a text projection in a block that gets its tokens there."""
+    """The wrapped forward of a text projection, for blocks whose tokens are inserted there (level `"kv"`)."""
     site, forward = wrapped_by(module)
     if site is not None and site.projected.value is not None:
         text = insert_rows(text, site.projected.value, at=site.group.at)
@@ -376,11 +399,19 @@ def _run_projection(module: nn.Module, /, text: Tensor, *args: Any, **kwargs: An
 
 
 def _run_terms(forward: Callable[..., Any], site: _Site, *args: Any, **kwargs: Any) -> Any:
-    """Returns the weighted sum of `forward` with the tokens of each term that is current at `site`."""
-    terms = site.current.value
+    """Returns the weighted sum of the outputs of `forward` with the tokens of each term of `site.current`.
+
+    Rows of the negative guidance branch are taken from the output without tokens.
+    """
+    terms, kept = site.current.value
     outputs = [_run_with_tokens(forward, site, tokens, args, kwargs) for _, tokens in terms]
     factors = [factor for factor, _ in terms]
-    return outputs[0] if factors == [None] else _weighted_sum(factors, outputs)
+    adapted = outputs[0] if factors == [None] else _weighted_sum(factors, outputs)
+    if kept is None:
+        return adapted
+    plain = [output for (_, tokens), output in zip(terms, outputs, strict=True) if tokens is None]
+    base = plain[0] if plain else _run_with_tokens(forward, site, None, args, kwargs)
+    return select_rows(kept, base, adapted)
 
 
 def _run_with_tokens(
@@ -401,7 +432,7 @@ def _run_with_tokens(
 
 
 def _projecting(forward: Callable[..., Any], site: _Site) -> Callable[..., Any]:
-    """Returns the forward of a block; for level `"kv"`, one that takes the tokens of its projections first."""
+    """Returns the forward of a block; for level `"kv"`, one whose first argument is the tokens for its projections."""
     return functools.partial(_run_projecting, forward, site) if site.group.level == "kv" else forward
 
 
@@ -417,13 +448,39 @@ def _run_projecting(
 
 
 def _weighted_sum(factors: list[Tensor | None], outputs: list[Any]) -> Any:
-    """Returns the sum of factor times output, through the tuples that blocks return."""
+    """Returns the sum of factor times output; outputs may be tuples or lists of tensors."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return sum(out if factor is None else factor * out for factor, out in zip(factors, outputs, strict=True))
     if isinstance(first, tuple | list):
         return type(first)([_weighted_sum(factors, list(parts)) for parts in zip(*outputs, strict=True)])
     return first
+
+
+def _watch_contexts(denoiser: Any, *, on: bool) -> None:
+    """Makes the denoiser's `cache_context` record its name for the injector, or restores the original method."""
+    own = vars(denoiser)
+    watched = getattr(own.get("cache_context"), "__func__", None) is _named_context
+    if on and "cache_context" not in own and hasattr(denoiser, "cache_context"):
+        own["cache_context"] = MethodType(_named_context, denoiser)
+    elif not on and watched:
+        del own["cache_context"]
+
+
+@contextmanager
+def _named_context(denoiser: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """The denoiser's `cache_context`; its injector keeps the name while the context is open."""
+    injector, _ = wrapped_by(denoiser)
+    if injector is None:
+        with type(denoiser).cache_context(denoiser, name, *args, **kwargs):
+            yield
+        return
+    before, injector.context.value = injector.context.value, name
+    try:
+        with type(denoiser).cache_context(denoiser, name, *args, **kwargs):
+            yield
+    finally:
+        injector.context.value = before
 
 
 def _check_undivided(denoiser: nn.Module) -> None:
@@ -436,29 +493,29 @@ def _check_undivided(denoiser: nn.Module) -> None:
 
 
 def _device_of(arguments: Mapping[str, Any]) -> torch.device:
-    """Returns where a call runs: the device of the first tensor among its arguments, or in a list among them."""
+    """Returns the device of the first tensor among the arguments of a call, or in a list among them."""
     parts = [part for value in arguments.values() for part in (value if isinstance(value, list | tuple) else [value])]
     return next(part.device for part in parts if isinstance(part, Tensor))
 
 
 def _on(tokens: SoftTokens, device: torch.device) -> SoftTokens:
-    """Returns `tokens` where the denoiser runs; they follow it there once, as guests of no hook."""
+    """Returns `tokens`, moved to the device of the denoiser call if they are on another one."""
     if tokens.tokens.device != device and device.type != "meta":
-        with torch.inference_mode(False):  # they can be trained wherever they are moved
+        with torch.inference_mode(False):  # the moved tokens must remain trainable
             tokens.to(device)
     return tokens
 
 
 class _Checkpointing:
-    """Puts tokens into the inputs that gradient checkpointing keeps.
+    """Makes soft tokens part of the inputs that gradient checkpointing saves.
 
-    While calls run, the denoiser's own checkpointing function is replaced by one that inserts the tokens first and
-    hands it a block without. The last of the calls that run at once puts it back.
+    While calls run, the denoiser's checkpointing function is replaced by one that inserts the tokens before it
+    checkpoints a block. The last of several simultaneous calls restores the original function.
 
     Args:
-        injector: What gives the denoiser its tokens.
-        denoiser: The model; it checkpoints the blocks that it names to its `_gradient_checkpointing_func`.
-        sites: Its blocks that tokens can go to, each with its path.
+        injector: The injector of the denoiser.
+        denoiser: The model; it checkpoints its blocks with `_gradient_checkpointing_func`.
+        sites: Path and site of each block that can receive tokens.
     """
 
     _LOCK = threading.Lock()
@@ -469,9 +526,9 @@ class _Checkpointing:
         self._own: Any = None
 
     def enter(self) -> bool:
-        """Begins a call; returns whether it is checkpointed and needs a `leave`.
+        """Begins a call; returns whether it is checkpointed, so that `leave` must be called.
 
-        What is compiled as a whole needs no such care: there the tokens are inputs of the compiled backward pass.
+        A denoiser compiled as a whole needs no replacement: there the tokens are inputs of the compiled backward pass.
         """
         if torch.compiler.is_compiling() or not (
             torch.is_grad_enabled() and getattr(self._denoiser, "gradient_checkpointing", False)
@@ -485,7 +542,7 @@ class _Checkpointing:
         return True
 
     def leave(self) -> None:
-        """Ends a call."""
+        """Ends a call for which `enter` returned True."""
         with self._LOCK:
             self._calls -= 1
             if self._calls == 0:
@@ -502,9 +559,9 @@ class _Checkpointing:
 
 
 class _Again:
-    """A block that gets its tokens from outside, now and when it runs again in the backward pass.
+    """A checkpointed block whose arguments already hold the tokens, in the forward and again in the backward pass.
 
-    Wrappers that its projections had in the forward pass are on again meanwhile, whatever was done to the adapters.
+    While it runs, its projections have the wrappers of the forward pass, even if the adapters were changed since.
     """
 
     def __init__(self, injector: Injector, block: nn.Module, site: _Site, kinds: Mapping[str, Hashable]) -> None:

@@ -1,8 +1,8 @@
-"""Rows for soft tokens in the arguments of a block, and off what it returns: tensors in, tensors out.
+"""Inserts rows for soft tokens into the arguments of a block and removes them from its output.
 
-Order within full attention matters only through what runs along the sequence, and what a soft token's own query
-returns is cut off. So a soft token is one more key and value for each attention of the block, no matter where it
-stands; masks, rotary rows and modulation of all other tokens stay with them.
+Full attention depends on the order of a sequence only through masks, rotary rows and modulation, which are extended
+together with the text, and the output rows of soft tokens are removed. So a soft token acts as one more key and value
+of each attention in the block, wherever it stands in the sequence.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from .families import BlockGroup, ExtendedArgument
 
 
 def insert_tokens(group: BlockGroup, arguments: Mapping[str, Any], tokens: Tensor) -> dict[str, Any] | None:
-    """Returns the arguments of a block that change with the tokens.
+    """Returns the arguments of a block that change when soft tokens are inserted.
 
     Args:
         group: How the block reads text.
-        arguments: The block's arguments by name; nothing of them is written to.
+        arguments: The block's arguments by name; they are not modified.
         tokens: `(batch or 1, K, D)`.
 
     Returns:
-        Changed arguments by name; None when there is no text to insert them into.
+        Changed arguments by name; None if the arguments hold no text.
     """
     texts = [_stream(arguments.get(name)) for name in group.texts]
     if any(text is None or text.shape[group.seq_dim] == 0 for text in texts):
@@ -46,7 +46,7 @@ def insert_tokens(group: BlockGroup, arguments: Mapping[str, Any], tokens: Tenso
 
 
 def cut_tokens(group: BlockGroup, arguments: Mapping[str, Any], output: Any, count: int) -> Any:
-    """Returns what a block returned without the `count` rows of the tokens."""
+    """Returns the output of a block without the `count` rows of its soft tokens."""
     if group.returns is None or group.level == "kv":
         return output
     at: int = arguments[group.at] if isinstance(group.at, str) else group.at
@@ -59,7 +59,7 @@ def cut_tokens(group: BlockGroup, arguments: Mapping[str, Any], output: Any, cou
 
 
 def insert_rows(text: Any, tokens: Tensor, *, at: int, dim: int = 1) -> Any:
-    """Returns a text stream with `tokens` (batch or 1, K, D) before row `at` of dimension `dim`."""
+    """Returns a text stream with `tokens`, `(batch or 1, K, D)`, inserted before row `at` of dimension `dim`."""
     if isinstance(text, tuple | list):  # IP-Adapter: (text, image tokens)
         return type(text)([insert_rows(text[0], tokens, at=at, dim=dim), *text[1:]])
     rows = tokens.to(device=text.device, dtype=text.dtype)
@@ -69,7 +69,7 @@ def insert_rows(text: Any, tokens: Tensor, *, at: int, dim: int = 1) -> Any:
         batch = text.shape[1 - dim]
         if rows.shape[0] == 1:
             rows = rows.expand(batch, -1, -1)
-        elif batch == 1:  # one text for latents that each have tokens of their own, as blocks themselves expand it
+        elif batch == 1:  # one text for several latents, which the block would broadcast, but tokens for each latent
             text = text.expand(*(rows.shape[0] if axis == 1 - dim else -1 for axis in range(text.ndim)))
         elif rows.shape[0] != batch:  # a block may see each row several times, as frames
             rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
@@ -79,7 +79,7 @@ def insert_rows(text: Any, tokens: Tensor, *, at: int, dim: int = 1) -> Any:
 
 
 def _stream(text: Any) -> Any:
-    """Returns the tensor of a text argument."""
+    """Returns the text tensor of an argument that may be a tuple with image conditions behind it."""
     return text[0] if isinstance(text, tuple | list) else text
 
 
@@ -131,7 +131,7 @@ def _grow_dim(value: Tensor, dim: int, *, first: int, before: int, count: int, f
 
 
 def _no_rotation(row: Tensor) -> Tensor:
-    """Returns the rotary row that turns nothing: complex ones, or matrices (..., 2, 2)."""
+    """Returns the rotary row of the identity rotation: complex ones, or identity matrices `(..., 2, 2)`."""
     if row.is_complex():
         return torch.ones_like(row)
     return torch.eye(2, device=row.device, dtype=row.dtype).expand_as(row)
@@ -141,4 +141,4 @@ def _cut(value: Tensor, *, at: int, count: int, dim: int) -> Tensor:
     """Returns a text stream without the `count` rows that were inserted at `at`."""
     tail = value.narrow(dim, at + count, value.shape[dim] - at - count)
     rest = tail if at == 0 else torch.cat([value.narrow(dim, 0, at), tail], dim=dim)
-    return rest.contiguous()  # as the block itself returns it: compiled code counts on strides
+    return rest.contiguous()  # as the block itself returns it: compiled code relies on strides

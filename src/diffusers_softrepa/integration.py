@@ -1,8 +1,9 @@
-"""What importing this package gives diffusers.
+"""The changes that importing this package makes to diffusers' classes.
 
-Every pipeline and every model gets the verbs as methods. A pipeline that is saved with adapters on has them beside its
-own files, in `softrepa/<component>/<name>/`, and gets them back from `from_pretrained`; its own files stay free of
-them but for one underscored entry of `model_index.json`, which diffusers ignores without this package.
+Every pipeline and model gets the methods of `SoftREPAMethods`. `save_pretrained` of a pipeline also saves its
+adapters, in `softrepa/<component>/<name>/`, and `from_pretrained` loads them again. The pipeline's own files do not
+contain the adapters, except for one entry of `model_index.json` whose name begins with an underscore; without this
+package, diffusers ignores that entry.
 """
 
 import functools
@@ -19,40 +20,29 @@ from torch import nn
 from . import pipeline
 from .adapter import adapters_of
 from .compat import ModularPipeline
-from .denoisers import unwrapped
 from .files import parse_json
+from .methods import SoftREPAMethods
 from .quoting import one_line, quoted
+from .weights import LARGEST_WEIGHT, plain
+from .wrapping import uncompiled
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = "softrepa"
 _INDEX_KEY = "_softrepa"
-_MAX_INDEX_BYTES, _MOST_ADAPTERS, _LARGEST_WEIGHT = 1 << 22, 256, 1e6
-
-
-_METHODS: dict[str, Callable[..., Any]] = {
-    "load_softrepa": pipeline.load_softrepa,
-    "add_softrepa": pipeline.add_softrepa,
-    "save_softrepa": pipeline.save_softrepa,
-    "set_softrepa": pipeline.set_softrepa,
-    "enable_softrepa": pipeline.enable_softrepa,
-    "disable_softrepa": pipeline.disable_softrepa,
-    "delete_softrepa": pipeline.delete_softrepa,
-    "unload_softrepa": pipeline.unload_softrepa,
-    "get_softrepa_adapters": pipeline.get_softrepa_adapters,
-    "softrepa_disabled": pipeline.softrepa_disabled,
-    "softrepa_parameters": pipeline.softrepa_parameters,
-}
+_MAX_INDEX_BYTES, _MOST_ADAPTERS = 1 << 22, 256
 
 
 def install() -> None:
-    """Gives diffusers the methods; a second call changes nothing."""
+    """Adds the methods to diffusers' classes. A second call changes nothing."""
     if "load_softrepa" in vars(DiffusionPipeline):
         return
     pipelines: Any = DiffusionPipeline
     for cls in filter(None, (pipelines, ModularPipeline, ModelMixin)):
-        for name, method in _METHODS.items():
-            setattr(cls, name, method)
+        SoftREPAMethods.register(cls)
+        for name, method in vars(SoftREPAMethods).items():
+            if not name.startswith("_"):
+                setattr(cls, name, method)
     pipelines.save_pretrained = _saving_adapters(pipelines.save_pretrained)
     if ModularPipeline is not None:
         ModularPipeline.save_pretrained = _warning_of_adapters(ModularPipeline.save_pretrained)
@@ -62,14 +52,14 @@ def install() -> None:
 def _saving_adapters(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_pretrained)
     def save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        hosts = _hosts(self)
-        if not hosts:
+        adapted = _adapted(self)
+        if not adapted:
             return save_pretrained(self, save_directory, *args, **kwargs)
-        for component, denoiser in hosts.items():
+        for component, denoiser in adapted.items():
             for name in pipeline.get_softrepa_adapters(denoiser):
                 pipeline.save_softrepa(denoiser, Path(save_directory) / _subfolder(component, name), name)
         config = self._internal_dict
-        self.register_to_config(**{_INDEX_KEY: {name: _state(denoiser) for name, denoiser in hosts.items()}})
+        self.register_to_config(**{_INDEX_KEY: {name: _state(denoiser) for name, denoiser in adapted.items()}})
         try:
             return save_pretrained(self, save_directory, *args, **kwargs)
         finally:
@@ -91,44 +81,47 @@ def _loading_adapters(from_pretrained: Callable[..., Any]) -> Callable[..., Any]
 def _warning_of_adapters(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_pretrained)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _hosts(self):
+        if _adapted(self):
             logger.warning("a modular pipeline is saved without its soft-token adapters; use save_softrepa for them")
         return save_pretrained(self, *args, **kwargs)
 
     return save
 
 
-def _hosts(pipe: Any) -> dict[str, nn.Module]:
-    """Returns the components of a pipeline that have adapters, behind `torch.compile` if need be."""
-    modules = {name: unwrapped(part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
+def _adapted(pipe: Any) -> dict[str, nn.Module]:
+    """Returns the components of a pipeline that have adapters, by name, without the wrapper of `torch.compile`."""
+    modules = {name: uncompiled(part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
     return {name: module for name, module in modules.items() if adapters_of(module) is not None}
 
 
 def _subfolder(component: str, name: str) -> str:
-    """Returns where an adapter lies beside the pipeline's files; its name may hold what a path must not."""
+    """Returns the folder of an adapter within that of the pipeline; the name is quoted so that it is a valid path."""
     safe = quote(name, safe=" ")
     return f"{_FOLDER}/{component}/{safe if safe.strip('.') else safe.replace('.', '%2E')}"
 
 
 def _state(denoiser: nn.Module) -> dict[str, Any]:
-    """Returns what `model_index.json` says of a denoiser's adapters; the weight of an inactive one is None."""
+    """Returns the entry of `model_index.json` for the adapters of a denoiser. Inactive adapters have weight None."""
     adapters = adapters_of(denoiser)
     if adapters is None:
         return {}
-    return {"enabled": adapters.enabled, "weights": {name: adapters.weights.get(name) for name in adapters.names}}
+    state = adapters.state
+    weights = {name: plain(state.weights[name]) if name in state.weights else None for name in state.adapters}
+    branch = {} if state.guidance_branch == "both" else {"guidance_branch": state.guidance_branch}
+    return {"enabled": state.enabled and not state.pauses, "weights": weights, **branch}
 
 
 def _load_beside(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> None:
-    """Loads the adapters that a pipeline was saved with; a warning names those that cannot be loaded.
+    """Loads the adapters that a pipeline was saved with, and logs a warning for each that cannot be loaded.
 
-    The pipeline itself is complete by then, so whatever is beside it never keeps it from being returned.
+    The pipeline itself is loaded already and is returned in any case, so this function raises nothing.
     """
     try:
         index = _index_file(source, kwargs)
         saved = _saved_states(index) if index is not None else {}
     except Exception as error:  # files from elsewhere may hold anything
         logger.warning(
-            "%s says nothing readable of its soft-token adapters and is loaded without: %s",
+            "%s is loaded without its soft-token adapters, because their entry in its model index is damaged: %s",
             one_line(source),
             one_line(error, 400),
         )
@@ -151,14 +144,14 @@ def _load_beside(pipe: Any, source: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def _saved_states(index: Path) -> Mapping[str, Any]:
-    """Returns what a `model_index.json` says of adapters, by component.
+    """Returns the saved state of the adapters in a `model_index.json`, by component; empty if there are none.
 
     Raises:
-        ValueError: It says something else.
+        ValueError: The entry is not an object, or is too large.
     """
     with index.open("rb") as file:
         content = file.read(_MAX_INDEX_BYTES + 1)
-    if f'"{_INDEX_KEY}"'.encode() not in content:  # what else is in there is none of our business
+    if f'"{_INDEX_KEY}"'.encode() not in content:  # the file is then not parsed at all
         return {}
     saved = parse_json(content, one_line(index), max_bytes=_MAX_INDEX_BYTES).get(_INDEX_KEY)
     if saved is None:
@@ -169,10 +162,10 @@ def _saved_states(index: Path) -> Mapping[str, Any]:
 
 
 def _checked_state(state: Any) -> dict[str, Any]:
-    """Returns what an index says of one denoiser's adapters, as `_state` wrote it.
+    """Returns the saved state of one denoiser's adapters, checked to have the form that `_state` writes.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It has another form.
     """
     weights = state.get("weights") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not isinstance(state.get("enabled"), bool) or len(weights) > _MOST_ADAPTERS:
@@ -180,17 +173,21 @@ def _checked_state(state: Any) -> dict[str, Any]:
             f'it must be written as {{"enabled": true, "weights": {{"name": 1.0}}}}, but is {quoted(state)}'
         )
     for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) <= _LARGEST_WEIGHT
-        if weight is not None and not number:
+        parts = list(weight.values()) if isinstance(weight, dict) else weight if isinstance(weight, list) else [weight]
+        if weight is not None and not all(map(_is_weight, parts)):
             raise ValueError(
-                f"the weight of {quoted(name)} must be null or a number of at most {_LARGEST_WEIGHT:g}, but is "
-                f"{quoted(weight)}"
+                f"the weight of {quoted(name)} must be null or a number of at most {LARGEST_WEIGHT:g}, or one for "
+                f"each layer or stage, but is {quoted(weight)}"
             )
     return state
 
 
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_WEIGHT
+
+
 def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
-    """Loads a denoiser's adapters, active as they were; if they cannot be set, it has none of them."""
+    """Loads the adapters of a denoiser and restores which are active; removes them again if that fails."""
     denoiser, weights = vars(pipe).get(component), state["weights"]
     before = {} if denoiser is None else _active(denoiser)
     loaded = [name for name in weights if _loads(denoiser, source, component, name, hub)]
@@ -198,14 +195,13 @@ def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, 
         return
     try:
         active = {name: weights[name] for name in loaded if weights[name] is not None}
-        pipeline.set_softrepa(denoiser, list(active), list(active.values()))
+        pipeline.set_softrepa(denoiser, active, guidance_branch=state.get("guidance_branch", "both"))
         if not state["enabled"]:
             pipeline.disable_softrepa(denoiser)
     except Exception:
         if before:
             pipeline.delete_softrepa(denoiser, loaded)
-            active = {name: weight for name, weight in before.items() if weight is not None}
-            pipeline.set_softrepa(denoiser, list(active), list(active.values()))
+            pipeline.set_softrepa(denoiser, before)
         else:
             pipeline.unload_softrepa(denoiser)
         raise
@@ -214,7 +210,7 @@ def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, 
 def _active(denoiser: Any) -> dict[str, float | None]:
     try:
         return pipeline.get_softrepa_adapters(denoiser)
-    except (TypeError, ValueError):  # no denoiser at all, which loading says better
+    except (TypeError, ValueError):  # it is not a denoiser; loading has the better message
         return {}
 
 
@@ -235,7 +231,7 @@ def _loads(denoiser: Any, source: Any, component: str, name: str, hub: Mapping[s
 
 
 def _index_file(source: Any, kwargs: Mapping[str, Any]) -> Path | None:
-    """Returns the `model_index.json` that a pipeline was just loaded from, or None."""
+    """Returns the path of the `model_index.json` that a pipeline was just loaded from, or None."""
     if Path(source).exists():
         path = Path(source) / DiffusionPipeline.config_name
         return path if path.is_file() else None

@@ -10,7 +10,8 @@ epsilon        sqrt(a) x0 + sqrt(1 - a) n   n
 v_prediction   sqrt(a) x0 + sqrt(1 - a) n   sqrt(a) n - sqrt(1 - a) x0
 =============  ===========================  ==================
 
-where a = alphas_cumprod[t] is the scheduler's own table. All of it in float32, whatever the denoiser's dtype.
+where a = alphas_cumprod[t] is the table of the scheduler. All values are computed in float32, for any dtype of the
+denoiser.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _LAST_TIMESTEP = 999.9999  # the largest sampled timestep; in float32 still belo
 
 @dataclass(frozen=True, eq=False)
 class Noising:
-    """How a scheduler's family noises latents and what its denoiser is asked to predict.
+    """How a scheduler adds noise to latents, and what its denoiser predicts.
 
     Attributes:
-        prediction: What the denoiser predicts.
-        alphas_cumprod: Signal power per timestep, (1000,) float32 in [0, 1]; None for flow matching.
+        prediction: Prediction type of the denoiser: `"flow"`, `"epsilon"` or `"v_prediction"`.
+        alphas_cumprod: (1000,) float32 in [0, 1]. Signal power per timestep. Defaults to None, for flow matching.
     """
 
     prediction: Prediction
@@ -43,19 +44,15 @@ class Noising:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Noising:
-        """Reads the parametrisation of a diffusers scheduler, once.
+        """Returns the noising with which the denoiser of a scheduler was trained.
 
         Args:
-            scheduler: A diffusers scheduler, for example `pipe.scheduler`. Only its config and its
-                `alphas_cumprod` are read; samplers that rescale their input (Euler, ...) are noised as they were
-                trained.
-
-        Returns:
-            The noising the denoiser of that scheduler was trained with.
+            scheduler: A diffusers scheduler, for example `pipe.scheduler`. Only its config and its `alphas_cumprod`
+                are read, so schedulers that rescale their input (Euler, ...) give the noising of training.
 
         Raises:
-            ValueError: If the scheduler predicts something else (such as "sample"), has no `alphas_cumprod`, or
-                does not count 1000 training timesteps.
+            ValueError: The scheduler has another prediction type (such as "sample"), has no `alphas_cumprod`, or does
+                not have 1000 training timesteps.
         """
         name, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
         steps = scheduler.config.get("num_train_timesteps")
@@ -79,27 +76,33 @@ class Noising:
         return cls(prediction, torch.as_tensor(alphas_cumprod, dtype=torch.float32))
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Noises latents to a timestep.
+        """Adds noise to latents.
 
         Args:
-            latents: Clean latents x0, (B, ...).
-            noise: Standard normal noise, (B, ...) or (1, ...).
-            timestep: (B,), (1,) or scalar on the 0..1000 scale: float for flow matching, integer below 1000 else.
+            latents: (B, ...) floating. Clean latents x0.
+            noise: (B, ...) or (1, ...) floating. Standard normal noise.
+            timestep: (B,), (1,) or scalar, on the 0..1000 scale: floating for flow matching, otherwise an integer
+                below 1000.
 
         Returns:
             Noisy latents, (B, ...) float32.
 
         Raises:
-            ValueError: If the timestep is neither one nor one per row, or not an integer where one is needed.
+            ValueError: There is neither one timestep nor one per row, or an integer is needed and it is not one.
         """
         signal_scale, noise_scale = self._scales(latents, timestep)
         return signal_scale * latents.float() + noise_scale * noise.float()
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the denoiser should predict for those noisy latents; arguments, errors as `noisy_latents`.
+        """Returns the regression target of the denoiser: velocity, epsilon or v, (B, ...) float32.
 
-        Returns:
-            Velocity (flow), epsilon, or v, (B, ...) float32.
+        Args:
+            latents: (B, ...) floating. Clean latents x0.
+            noise: (B, ...) or (1, ...) floating. The noise that was added to them.
+            timestep: (B,), (1,) or scalar, on the 0..1000 scale, as for `noisy_latents`.
+
+        Raises:
+            ValueError: There is neither one timestep nor one per row, or an integer is needed and it is not one.
         """
         signal_scale, noise_scale = self._scales(latents, timestep)
         if self.prediction == "flow":
@@ -109,18 +112,18 @@ class Noising:
         return signal_scale * noise.float() - noise_scale * latents.float()
 
     def round_timestep(self, timestep: Tensor) -> Tensor:
-        """Makes sampled timesteps ones the denoiser knows: rounded down to int64, unless flow matching takes floats.
+        """Returns sampled timesteps in the form that the denoiser takes.
 
         Args:
-            timestep: (B,) float in [0, 1000).
+            timestep: (B,) float32 in [0, 1000).
 
         Returns:
-            (B,) float32 for flow matching, int64 in 0..999 otherwise.
+            The timesteps unchanged for flow matching; otherwise rounded down, (B,) int64 in 0..999.
         """
         return timestep if self.prediction == "flow" else timestep.long()
 
     def _scales(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the signal and of the noise, each (B or 1, 1, ..., 1) float32."""
+        """Returns the factors of the signal and of the noise, each (B or 1, 1, ..., 1) float32."""
         if timestep.ndim > 1 or timestep.numel() not in (1, latents.shape[0]):
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} need one timestep or {latents.shape[0]}, one per row, "
@@ -148,22 +151,22 @@ def sample_timesteps(
     shift: float = 3.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Samples training timesteps t = 1000 s, on the CPU so that a seed means the same on every device.
+    """Samples training timesteps t = 1000 s on the CPU, so that a seed gives the same timesteps on every device.
 
     Args:
-        num_samples: How many.
-        density: Of the noise level s. "uniform": s ~ U[0, 1). "logit_normal": s = sigmoid(z), z ~ N(mean, std).
-            "shifted": s = shift u / (1 + (shift - 1) u), u ~ U[0, 1).
-        mean: Of "logit_normal"; above 0 favours noise.
-        std: Of "logit_normal"; positive.
-        shift: Of "shifted"; positive, above 1 favours noise. SD3 samples with 3.
-        generator: CPU generator, or one for each; None for the global one.
+        num_samples: Number of timesteps.
+        density: Distribution of the noise level s. `"uniform"`: s ~ U[0, 1). `"logit_normal"`: s = sigmoid(z) with
+            z ~ N(mean, std). `"shifted"`: s = shift u / (1 + (shift - 1) u) with u ~ U[0, 1). Defaults to `"uniform"`.
+        mean: Mean of `"logit_normal"`; values above 0 favour noise. Defaults to 0.
+        std: Standard deviation of `"logit_normal"`, positive. Defaults to 1.
+        shift: Shift of `"shifted"`, positive; values above 1 favour noise. Defaults to 3, as SD3 samples.
+        generator: CPU generator, or a list with one generator per timestep. Defaults to torch's global generator.
 
     Returns:
-        Timesteps, (num_samples,) float32 in [0, 1000). `Noising.round_timestep` makes them integers where needed.
+        Timesteps, (num_samples,) float32 in [0, 1000). `Noising.round_timestep` converts them to integers if needed.
 
     Raises:
-        ValueError: If the density is unknown, or std or shift are not positive.
+        ValueError: The density is unknown, or `std` or `shift` is not positive.
 
     Source:
         SD3, arXiv 2403.03206: section 3.1 (logit-normal) and equation 23 (resolution shift).

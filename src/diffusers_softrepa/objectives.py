@@ -1,20 +1,20 @@
-"""Objectives on image-caption pairs: errors -> logits -> loss, and what each asks of a chunked backward pass.
+"""Training objectives on image-caption pairs, each written as a weighted regression that can be trained in chunks.
 
-Errors, positives and candidates are those of `pairs`. Every objective is, to first order, a weighted regression: its
-gradient with respect to the predictions is that of
+Errors, positives and candidates are defined in `pairs`. The gradient of each objective with respect to the predictions
+equals that of the weighted regression (`PairRegression`)
 
     sum_ij weights[i, j] * mean((prediction_ij - target_ij)^2)
 
-with constant weights and targets (`PairRegression`). By the chain rule weights = dloss/derrors for the objectives
-that are functions of the errors; AGSM is such a regression already, with shifted targets. So a first pass without
-gradients finds the weights, and a second one trains the pairs in chunks of any size: exact gradients, flat memory.
+with constant weights and targets. For objectives that are functions of the errors (`ErrorObjective`), the chain rule
+gives weights = dloss/derrors. AGSM is a weighted regression by definition, with shifted targets. A first pass without
+gradients computes the weights; a second pass trains the pairs in chunks of any size, with exact gradients and the
+memory of one chunk.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
@@ -27,106 +27,15 @@ from .pairs import is_positive, pair_errors, precise, read_errors
 Logits = Literal["exponential", "linear"]
 
 
-def contrastive_loss(
-    errors: Tensor,
-    positive: Tensor,
-    candidates: Tensor,
-    *,
-    logits: Logits = "exponential",
-    temperature: float = 0.07,
-    logit_scale: float = 4.0,
-    denoising_weight: float = 0.0,
-) -> Tensor:
-    """Cross-entropy of the matched caption among its candidates, plus a weighted denoising term.
-
-    Args:
-        errors: (b, c).
-        positive: (b,) int64.
-        candidates: (b, c) bool.
-        logits: "exponential": logit_scale * exp(-errors / temperature). "linear": -errors / temperature (InfoNCE).
-        temperature: T, in units of the errors; positive.
-        logit_scale: S of the exponential logits.
-        denoising_weight: W, weight of the mean error of the matched pairs (published: 0 for SD3, 10 for SD1.5, SDXL).
-
-    Returns:
-        Scalar loss.
-
-    Raises:
-        ValueError: If an option or a shape is wrong, or a matched caption is not among its candidates.
-
-    Source:
-        SoftREPA, arXiv 2503.08250.
-    """
-    _check_logits(logits, temperature)
-    errors = read_errors(errors, positive, candidates)
-    scores = -errors / temperature if logits == "linear" else logit_scale * torch.exp(-errors / temperature)
-    loss = cross_entropy(scores.masked_fill(~candidates, -math.inf), positive)
-    return loss + denoising_weight * denoising_loss(errors, positive) if denoising_weight else loss
-
-
-def soft_rank(
-    errors: Tensor, positive: Tensor, candidates: Tensor, *, temperature: float = 0.5, min_spread: float = 1e-4
-) -> Tensor:
-    """Differentiable rank of the matched caption's error among its candidates: 1 is best, n is worst.
-
-    The errors are standardised over the n candidates to z; the rank is the mean of 1..n under
-    softmax_k(-|sorted(z)_k - z_matched| / temperature), and tends to the true rank as the temperature falls.
-
-    Args:
-        errors: (b, c).
-        positive: (b,) int64.
-        candidates: (b, c) bool.
-        temperature: In standard deviations of the row's errors; positive.
-        min_spread: In units of the errors, positive: its square is added to their variance, so that errors that differ
-            by much less count as ties.
-
-    Returns:
-        Ranks, (b,), in [1, n].
-
-    Raises:
-        ValueError: If an option or a shape is wrong, or a row has fewer than two negatives: standardised, two errors
-            are always +-1, and their rank has no gradient.
-
-    Source:
-        SoftSort, arXiv 2006.16038, equation 3, normalised over the ranks of one item instead of the items of a rank.
-    """
-    _check_positive(temperature=temperature, min_spread=min_spread)
-    errors, count = read_errors(errors, positive, candidates), candidates.sum(1, keepdim=True)
-    if (count < 3).any():
-        raise ValueError(
-            "the soft rank needs at least two negatives per row but got rows with "
-            f"{count.min().item() - 1}; use larger batches, distinct captions or written negatives"
-        )
-    centred = (errors - errors.sum(1, keepdim=True) / count).masked_fill(~candidates, 0)
-    spread = (centred.square().sum(1, keepdim=True) / count + min_spread**2).sqrt()
-    scores = centred / spread  # (b, c)
-    ordered = scores.masked_fill(~candidates, math.inf).sort(dim=1).values  # those that take no part come last
-    distance = (ordered - scores.gather(1, positive.unsqueeze(1))).abs()
-    ranks = torch.arange(1, errors.shape[1] + 1, device=errors.device, dtype=errors.dtype)
-    return (torch.softmax(-distance / temperature, dim=1) * ranks).sum(1)
-
-
-def soft_rank_loss(
-    errors: Tensor, positive: Tensor, candidates: Tensor, *, temperature: float = 0.5, min_spread: float = 1e-4
-) -> Tensor:
-    """Mean over the rows of `soft_rank` - 1: bounded, in [0, n - 1]; arguments and errors as there."""
-    ranks = soft_rank(errors, positive, candidates, temperature=temperature, min_spread=min_spread)
-    return (ranks - 1).mean()
-
-
-def denoising_loss(errors: Tensor, positive: Tensor) -> Tensor:
-    """Mean error of the matched pairs alone, scalar; `errors` (b, c), `positive` (b,) int64."""
-    return precise(errors).gather(1, positive.unsqueeze(1)).mean()
-
-
 @dataclass(frozen=True, eq=False)
 class PairRegression:
-    """The weighted regression with an objective's value and gradient.
+    """A weighted regression that has the value and the gradient of an objective.
 
     Attributes:
-        loss: Value of the objective at the predictions it was given, scalar, detached.
-        weights: (b, c), detached; exactly zero for pairs that need no training, negative for those pushed away.
-        targets: Target of each pair, (b, c, ...), detached; None if each pair has its row's own target.
+        loss: Scalar, detached. Value of the objective at the predictions of the first pass.
+        weights: (b, c), detached. Weight of each pair's error: exactly zero for pairs that need no training, negative
+            for pairs whose error should grow.
+        targets: (b, c, ...), detached. Target of each pair. None if all pairs of a row have the row's own target.
     """
 
     loss: Tensor
@@ -135,13 +44,15 @@ class PairRegression:
 
 
 class Objective(ABC):
-    """Turns the predictions of a first pass, made without gradients, into the regression of the second.
+    """A training objective on one batch of pairs, given the predictions of a first pass without gradients.
 
     Attributes:
-        num_banks: Token banks it trains: 1, or 2 where matched pairs see bank 0 and all others bank 1.
-        needs_ema_predictions: Whether the first pass predicts with the EMA of the tokens, and hands on the predictions
-            and the target with their errors. Otherwise the tokens in training predict, and errors are enough.
-        min_negatives: Negatives that every row needs; with 0 the matched pairs are enough.
+        num_banks: Number of token banks that the objective trains: 1, or 2 if matched pairs use bank 0 and all other
+            pairs use bank 1.
+        needs_ema_predictions: Whether the first pass predicts with the exponential moving average of the tokens, and
+            its predictions and their target are passed to the objective together with the errors. If False, the
+            tokens in training predict, and the errors are enough.
+        min_negatives: Smallest number of negatives per row. With 0 the matched pairs are enough.
     """
 
     num_banks: ClassVar[int] = 1
@@ -157,35 +68,37 @@ class Objective(ABC):
         predictions: Tensor | None = None,
         target: Tensor | None = None,
     ) -> PairRegression:
-        """The regression of one batch.
+        """Returns the weighted regression that has the value and the gradient of the objective.
 
         Args:
-            errors: Of the first pass, (b, c).
-            positive: (b,) int64.
-            candidates: (b, c) bool.
-            predictions: Of the first pass, (b, c, ...); read only if `needs_ema_predictions`.
-            target: Of each row, (b, ...); read only if `needs_ema_predictions`.
-
-        Returns:
-            Loss, weights and targets.
+            errors: (b, c) floating. Errors of the first pass.
+            positive: (b,) int64. Column of each row's matched caption.
+            candidates: (b, c) bool. Which pairs take part.
+            predictions: (b, c, ...) floating. Predictions of the first pass; read only if `needs_ema_predictions`.
+            target: (b, ...) floating. Target of each row; read only if `needs_ema_predictions`.
 
         Raises:
-            ValueError: As the loss of the objective.
+            ValueError: The shapes do not agree, a matched caption is not among its candidates, or a row has fewer
+                negatives than the objective needs.
         """
 
 
-@final
-@dataclass(frozen=True)
-class Contrastive(Objective):
-    """SoftREPA's objective, `contrastive_loss`; its arguments are the fields."""
+class ErrorObjective(Objective, ABC):
+    """An objective whose loss is a differentiable function of the errors alone."""
 
-    logits: Logits = "exponential"
-    temperature: float = 0.07
-    logit_scale: float = 4.0
-    denoising_weight: float = 0.0
+    @abstractmethod
+    def loss(self, errors: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
+        """Returns the loss, scalar, differentiable with respect to the errors.
 
-    def __post_init__(self) -> None:
-        _check_logits(self.logits, self.temperature)
+        Args:
+            errors: (b, c) floating.
+            positive: (b,) int64. Column of each row's matched caption.
+            candidates: (b, c) bool. Which pairs take part.
+
+        Raises:
+            ValueError: The shapes do not agree, a matched caption is not among its candidates, or a row has fewer
+                negatives than the objective needs.
+        """
 
     def __call__(
         self,
@@ -195,14 +108,67 @@ class Contrastive(Objective):
         predictions: Tensor | None = None,
         target: Tensor | None = None,
     ) -> PairRegression:
-        options = vars(self)
-        return _differentiate(lambda e: contrastive_loss(e, positive, candidates, **options), errors)
+        leaf = precise(errors.detach()).clone().requires_grad_()
+        with torch.enable_grad():
+            loss = self.loss(leaf, positive, candidates)
+        return PairRegression(loss.detach(), torch.autograd.grad(loss, leaf)[0])
 
 
 @final
 @dataclass(frozen=True)
-class SoftRank(Objective):
-    """The bounded ranking objective, `soft_rank_loss`; its arguments are the fields."""
+class Contrastive(ErrorObjective):
+    """SoftREPA's objective: cross-entropy of the matched caption among its candidates, plus a denoising term.
+
+    Attributes:
+        logits: `"exponential"` for the logits logit_scale * exp(-errors / temperature), or `"linear"` for
+            -errors / temperature (InfoNCE).
+        temperature: T, in units of the errors; positive.
+        logit_scale: S of the exponential logits.
+        denoising_weight: Weight of the mean error of the matched pairs. Published: 0 for SD3, 10 for SD 1.5 and SDXL.
+
+    Raises:
+        ValueError: `logits` is unknown, or `temperature` is not positive.
+
+    Source:
+        SoftREPA, arXiv 2503.08250.
+    """
+
+    logits: Logits = "exponential"
+    temperature: float = 0.07
+    logit_scale: float = 4.0
+    denoising_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.logits not in get_args(Logits):
+            raise ValueError(f"logits must be one of {get_args(Logits)} but got {self.logits!r}")
+        _check_positive(temperature=self.temperature)
+
+    def loss(self, errors: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
+        errors = read_errors(errors, positive, candidates)
+        scores = -errors / self.temperature
+        if self.logits == "exponential":
+            scores = self.logit_scale * scores.exp()
+        loss = cross_entropy(scores.masked_fill(~candidates, -math.inf), positive)
+        return loss + self.denoising_weight * _matched_error(errors, positive) if self.denoising_weight else loss
+
+
+@final
+@dataclass(frozen=True)
+class SoftRank(ErrorObjective):
+    """Mean differentiable rank of the matched caption, minus 1: bounded, in [0, n - 1] for n candidates.
+
+    Attributes:
+        temperature: In standard deviations of the errors of a row; positive. The rank tends to the true rank as the
+            temperature goes to 0.
+        min_spread: In units of the errors, positive. Its square is added to their variance, so errors that differ by
+            much less count as ties.
+
+    Raises:
+        ValueError: `temperature` or `min_spread` is not positive.
+
+    Source:
+        SoftSort, arXiv 2006.16038, equation 3, normalised over the ranks of one item instead of the items of a rank.
+    """
 
     min_negatives: ClassVar[int] = 2
     temperature: float = 0.5
@@ -211,42 +177,56 @@ class SoftRank(Objective):
     def __post_init__(self) -> None:
         _check_positive(temperature=self.temperature, min_spread=self.min_spread)
 
-    def __call__(
-        self,
-        errors: Tensor,
-        positive: Tensor,
-        candidates: Tensor,
-        predictions: Tensor | None = None,
-        target: Tensor | None = None,
-    ) -> PairRegression:
-        options = vars(self)
-        return _differentiate(lambda e: soft_rank_loss(e, positive, candidates, **options), errors)
+    def loss(self, errors: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
+        return (self.ranks(errors, positive, candidates) - 1).mean()
+
+    def ranks(self, errors: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
+        """Returns the differentiable rank of each matched caption's error, (b,) in [1, n]; 1 is the lowest error.
+
+        The errors are standardised over the n candidates of a row to z. The rank is the mean of 1..n under
+        softmax_k(-|sorted(z)_k - z_matched| / temperature).
+
+        Args:
+            errors: (b, c) floating.
+            positive: (b,) int64. Column of each row's matched caption.
+            candidates: (b, c) bool. Which pairs take part.
+
+        Raises:
+            ValueError: A shape is wrong, or a row has fewer than two negatives: standardised, two errors are always
+                +-1, and their rank has no gradient.
+        """
+        errors, count = read_errors(errors, positive, candidates), candidates.sum(1, keepdim=True)
+        if (count < 3).any():
+            raise ValueError(
+                "the soft rank needs at least two negatives per row but got rows with "
+                f"{count.min().item() - 1}; use larger batches, distinct captions or written negatives"
+            )
+        centred = (errors - errors.sum(1, keepdim=True) / count).masked_fill(~candidates, 0)
+        spread = (centred.square().sum(1, keepdim=True) / count + self.min_spread**2).sqrt()
+        scores = centred / spread  # (b, c)
+        ordered = scores.masked_fill(~candidates, math.inf).sort(dim=1).values  # pairs that take no part come last
+        distance = (ordered - scores.gather(1, positive.unsqueeze(1))).abs()
+        ranks = torch.arange(1, errors.shape[1] + 1, device=errors.device, dtype=errors.dtype)
+        return (torch.softmax(-distance / self.temperature, dim=1) * ranks).sum(1)
 
 
 @final
 @dataclass(frozen=True)
-class Denoising(Objective):
-    """The baseline without contrast, `denoising_loss`."""
+class Denoising(ErrorObjective):
+    """Mean error of the matched pairs: the baseline without contrast."""
 
     min_negatives: ClassVar[int] = 0
 
-    def __call__(
-        self,
-        errors: Tensor,
-        positive: Tensor,
-        candidates: Tensor,
-        predictions: Tensor | None = None,
-        target: Tensor | None = None,
-    ) -> PairRegression:
-        return _differentiate(lambda e: denoising_loss(read_errors(e, positive, candidates), positive), errors)
+    def loss(self, errors: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
+        return _matched_error(read_errors(errors, positive, candidates), positive)
 
 
-def plackett_luce_weights(errors: Tensor, candidates: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """Probability that each candidate is the caption of the row's image: softmax over candidates of -errors / T.
+def plackett_luce_weights(errors: Tensor, candidates: Tensor, *, temperature: float) -> Tensor:
+    """Returns the probability that each candidate is the caption of the row's image: a softmax of -errors / T.
 
     Args:
-        errors: (b, c).
-        candidates: (b, c) bool.
+        errors: (b, c) floating.
+        candidates: (b, c) bool. Which pairs take part.
         temperature: T, in units of the errors; positive.
 
     Returns:
@@ -264,20 +244,20 @@ def agsm_targets(
     weights: Tensor,
     positive: Tensor,
     *,
-    positive_guidance: float = 1.0,
-    negative_guidance: float = 0.1,
+    positive_guidance: float,
+    negative_guidance: float,
     amplitude: Tensor | float = 1.0,
 ) -> Tensor:
-    """Targets shifted along d_j = p_j - sum_k w_k p_k for the matched caption, against it for the others.
+    """Returns targets that are shifted along d_j = p_j - sum_k w_k p_k for the matched caption, else against it.
 
     Args:
-        predictions: p, of the EMA tokens, (b, c, ...).
-        target: Of each row, (b, ...).
-        weights: w, Plackett-Luce weights, (b, c).
-        positive: (b,) int64.
-        positive_guidance: g+, of the matched pairs.
-        negative_guidance: g-, of the others.
-        amplitude: A(t) of each row, (b,), or one for all.
+        predictions: (b, c, ...) floating. Predictions p of the EMA tokens.
+        target: (b, ...) floating. Target of each row.
+        weights: (b, c) floating. Plackett-Luce weights w.
+        positive: (b,) int64. Column of each row's matched caption.
+        positive_guidance: Guidance g+ of the matched pairs.
+        negative_guidance: Guidance g- of all other pairs.
+        amplitude: A(t), (b,) or one number for all rows. Defaults to 1.
 
     Returns:
         target + g+ A d for the matched pairs, target - g- A d for the others, (b, c, ...) detached.
@@ -297,19 +277,23 @@ def agsm_targets(
 @final
 @dataclass(frozen=True)
 class AGSM(Objective):
-    """Alignment-guided score matching: bounded shifts of the target instead of an unbounded push on the errors.
+    """Alignment-guided score matching: negatives are trained towards a target that is shifted by a bounded amount.
 
-    loss = mean_i [ mean((pred_ii - target_ii)^2) + mean_j mean((pred_ij - target_ij)^2) ] with `agsm_targets`, i the
-    matched caption on bank 0, j its negatives on bank 1. The EMA predictions come from the same banks.
+    loss = mean_i [ mean((pred_ii - target_ii)^2) + mean_j mean((pred_ij - target_ij)^2) ] with the targets of
+    `agsm_targets`. Column i is the matched caption, predicted with bank 0; the columns j are its negatives, predicted
+    with bank 1. The EMA predictions use the same banks.
 
-    The `loss` of its regression is that of the EMA predictions; that of the tokens in training is the weighted sum of
-    their own errors, which the second pass computes anyway.
+    The `loss` of the returned regression is that of the EMA predictions. The loss of the tokens in training is the
+    weighted sum of their own errors, which the second pass computes.
 
     Attributes:
-        temperature: T of the Plackett-Luce weights, in units of the errors, which average over latent elements. If
-            `PairDiagnostics.information` at this temperature stays near 0, the weights are at chance: lower it.
-        positive_guidance: g+.
-        negative_guidance: g-; the published 0.1 is for SD3.
+        temperature: T of the Plackett-Luce weights, in units of the errors; positive. If `PairDiagnostics.information`
+            at this temperature stays near 0, the weights are at chance, and the temperature should be lower.
+        positive_guidance: Guidance g+ of the matched pairs.
+        negative_guidance: Guidance g- of the negatives. The published 0.1 is for SD3.
+
+    Raises:
+        ValueError: `temperature` is not positive.
 
     Source:
         AGSM, arXiv 2605.30038.
@@ -353,18 +337,8 @@ class AGSM(Objective):
         return PairRegression((weights * pair_errors(predictions, targets, pair_dims=2)).sum(), weights, targets)
 
 
-def _differentiate(loss_of: Callable[[Tensor], Tensor], errors: Tensor) -> PairRegression:
-    """The regression of a loss that is a function of the errors: weights = dloss/derrors."""
-    leaf = precise(errors.detach()).clone().requires_grad_()
-    with torch.enable_grad():
-        loss = loss_of(leaf)
-    return PairRegression(loss.detach(), torch.autograd.grad(loss, leaf)[0])
-
-
-def _check_logits(logits: str, temperature: float) -> None:
-    if logits not in get_args(Logits):
-        raise ValueError(f"logits must be one of {get_args(Logits)} but got {logits!r}")
-    _check_positive(temperature=temperature)
+def _matched_error(errors: Tensor, positive: Tensor) -> Tensor:
+    return errors.gather(1, positive.unsqueeze(1)).mean()
 
 
 def _check_positive(**settings: float) -> None:

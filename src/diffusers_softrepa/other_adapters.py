@@ -1,4 +1,4 @@
-"""Adapters of other kinds, told by the names of their tensors or files, and the call of diffusers that loads each."""
+"""Recognises adapters of other methods by the names of their tensors or files, with the diffusers call for each."""
 
 import re
 from collections.abc import Iterable
@@ -36,14 +36,14 @@ _KINDS = (
 
 
 def other_kind(tensors: Iterable[object] = (), files: Iterable[str] = ()) -> str | None:
-    """Returns what an adapter is that is none of this package's, and how to load it, as the end of a sentence.
+    """Returns the kind of an adapter of another method and how to load it, as the end of a sentence.
 
     Args:
         tensors: Names of its tensors.
         files: Names of the files in its folder.
 
     Returns:
-        Such as `"a LoRA; load it with pipe.load_lora_weights(...)"`, or None if no known kind has such names.
+        For example `"a LoRA; load it with pipe.load_lora_weights(...)"`; None if no known kind has such names.
     """
     names, present = [name for name in tensors if isinstance(name, str)], list(files)
     for kind in _KINDS:

@@ -1,10 +1,10 @@
-"""Pairs of images and captions: their errors, which take part, which are sampled, how well they are told apart.
+"""Image-caption pairs: their errors, which of them take part, sampled negatives, and retrieval diagnostics.
 
-`errors[i, j]` is the mean squared denoising error of image i under caption j, (b, c) with c >= b: further columns are
-written hard negatives, or captions gathered from other processes. `positive[i]` is the column of the caption matched
-to image i; `candidates[i, j]` says whether the pair takes part (the matched one and the true negatives). Pairs that do
-not take part are never read, so they need not be computed: any number, even NaN, may stand there. All of it in
-float32, or float64 if given.
+`errors[i, j]` is the mean squared denoising error of image i under caption j, (b, c) with c >= b. Columns after the
+first b are written hard negatives, or captions gathered from other processes. `positive[i]` is the column of the
+caption matched to image i. `candidates[i, j]` is True if the pair takes part: the matched pair and the true negatives.
+Errors of other pairs are never read, so they need not be computed and may be NaN. All values are computed in float32,
+or in float64 if the input is float64.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.nn.functional import cross_entropy
 
 
 def pair_errors(prediction: Tensor, target: Tensor, *, pair_dims: int = 1) -> Tensor:
-    """Mean squared error of every pair.
+    """Returns the mean squared error of every pair.
 
     Args:
-        prediction: (n, ...), or (b, c, ...) with `pair_dims=2`.
-        target: As `prediction`, or with ones among its pair dimensions.
-        pair_dims: How many leading dimensions count pairs; the mean is over all others.
+        prediction: (n, ...) floating, or (b, c, ...) with `pair_dims=2`.
+        target: Floating, of the shape of `prediction`; pair dimensions may be 1.
+        pair_dims: Number of leading dimensions that count pairs; the mean is over all others. Defaults to 1.
 
     Returns:
-        Errors, (n,) or (b, c) float32 (float64 if given float64).
+        Errors, (n,) or (b, c), float32 (float64 if the input is float64).
 
     Raises:
-        ValueError: If prediction and target are not shaped alike beyond the pair dimensions.
+        ValueError: The shapes of prediction and target differ after the pair dimensions.
     """
     shape = prediction.shape[pair_dims:]
     if not shape or prediction.ndim != target.ndim or shape != target.shape[pair_dims:]:
@@ -43,22 +43,23 @@ def pair_errors(prediction: Tensor, target: Tensor, *, pair_dims: int = 1) -> Te
 def candidate_mask(
     positive: Tensor, caption_ids: Tensor, image_ids: Tensor | None = None, written: Tensor | None = None
 ) -> Tensor:
-    """Which pairs take part: the matched caption, and every caption that is not also true of the row's image.
+    """Returns which pairs take part: the matched caption, and every caption that is not true of the row's image.
 
-    A caption is true of the row's image if its text equals one that belongs to that image, wherever in the batch
-    that one stands. A written hard negative takes part only for the image that it was written for.
+    A caption is true of an image if its text equals that of any caption of the image in the batch. A written hard
+    negative takes part only in the row of the image for which it was written.
 
     Args:
-        positive: Column of each row's matched caption, (b,) int64.
-        caption_ids: Equal numbers for equal captions, (c,) int64.
-        image_ids: The image that each caption belongs to or was written against, (c,) int64; None if all differ.
-        written: True for hard negatives written for the image in `image_ids`, (c,) bool; None if there are none.
+        positive: (b,) int64. Column of each row's matched caption.
+        caption_ids: (c,) int64. Equal numbers for equal captions.
+        image_ids: (c,) int64. The image to which each caption belongs, or for which a hard negative was written.
+            Defaults to None: all images differ.
+        written: (c,) bool. True for written hard negatives. Defaults to None: there are none.
 
     Returns:
         The mask, (b, c) bool.
 
     Raises:
-        ValueError: If hard negatives come without image ids.
+        ValueError: `written` is given without `image_ids`.
     """
     if image_ids is None:
         if written is not None:
@@ -76,23 +77,24 @@ def candidate_mask(
 def subsample_negatives(
     weights: Tensor, positive: Tensor, num_negatives: int, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Keeps the positive and a few sampled negatives of each row, so that the expectation is the full weights.
+    """Returns weights of which only the positive and a few sampled negatives per row are not zero.
 
-    Negatives are drawn without replacement with probability p proportional to |weight| (at most 1) and their weights
-    are divided by p (Horvitz and Thompson). So rows with no more than `num_negatives` weighted negatives stay whole,
-    and no weight grows beyond the row's sum of |weight| over its negatives, divided by `num_negatives`.
+    The expectation of the result is `weights`. Negatives are drawn without replacement with probability p proportional
+    to |weight|, at most 1, and their weights are divided by p (Horvitz and Thompson). Rows with no more than
+    `num_negatives` weighted negatives are returned unchanged. No |weight| exceeds the sum of |weight| over the
+    negatives of its row, divided by `num_negatives`.
 
     Args:
-        weights: (b, c), as in `PairRegression`; zeros are never drawn.
-        positive: (b,) int64.
-        num_negatives: Negatives to keep per row, at least 1.
-        generator: CPU generator; None for the global one.
+        weights: (b, c) floating, as in `PairRegression`. Pairs of weight zero are never drawn.
+        positive: (b,) int64. Column of each row's matched caption.
+        num_negatives: Number of negatives to keep per row, at least 1.
+        generator: CPU generator. Defaults to torch's global generator.
 
     Returns:
-        Weights, (b, c), at most 1 + num_negatives of each row not zero.
+        Weights, (b, c); at most 1 + num_negatives per row are not zero.
 
     Raises:
-        ValueError: If `num_negatives` is below 1.
+        ValueError: `num_negatives` is below 1.
 
     Source:
         Systematic sampling with unequal probabilities (Madow 1949).
@@ -110,7 +112,7 @@ def subsample_negatives(
 
 
 def _inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:
-    """Probabilities min(1, scale * size) of each row with sum `count`, or 1 for all that have a size."""
+    """Returns the probabilities min(1, scale * size) of each row, whose sum is `count`, or 1 for all sizes above 0."""
     certain = torch.zeros_like(sizes, dtype=torch.bool)
     for _ in range(count + 1):  # each round either makes one more certain or changes nothing
         rest = sizes.masked_fill(certain, 0)
@@ -121,19 +123,23 @@ def _inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:
 
 
 def _systematic_sample(inclusion: Tensor, offsets: Tensor) -> Tensor:
-    """Lays each row's probabilities end to end and draws those that cover offset, offset + 1, ...; (b, c) bool."""
+    """Returns a systematic sample of each row, (b, c) bool.
+
+    The probabilities of a row are laid end to end; those that cover offset, offset + 1, ... are drawn.
+    """
     ends = torch.ceil(inclusion.cumsum(1) - offsets)
     return ends.diff(dim=1, prepend=torch.zeros_like(offsets)) > 0
 
 
 @dataclass(frozen=True, eq=False)
 class PairDiagnostics:
-    """How well the matched caption is told from its negatives; NaN for rows without one (so use `nanmean`).
+    """Retrieval diagnostics of each row. Rows without negatives are NaN, so average with `nanmean`.
 
     Attributes:
-        top1: 1.0 where the matched caption has the lowest error, else 0.0, (b,).
-        margin: Lowest error of the negatives minus the matched error, (b,); above 0 where `top1` is 1.
-        information: log n - InfoNCE in nats, (b,) up to log n: its mean bounds the mutual information from below.
+        top1: (b,). 1.0 if the matched caption has the lowest error, else 0.0.
+        margin: (b,). Lowest error of the negatives minus the matched error; above 0 if `top1` is 1.
+        information: (b,), at most log n, in nats. log n - InfoNCE, whose mean is a lower bound on the mutual
+            information of images and captions.
     """
 
     top1: Tensor
@@ -144,19 +150,19 @@ class PairDiagnostics:
 def pair_diagnostics(
     errors: Tensor, positive: Tensor, candidates: Tensor, *, temperature: float = 0.07
 ) -> PairDiagnostics:
-    """Top-1, margin and information of each row.
+    """Returns how well the error distinguishes the matched caption of each row from its negatives.
 
     Args:
-        errors: (b, c).
-        positive: (b,) int64.
-        candidates: (b, c) bool; its rows count n candidates each.
-        temperature: Of the linear logits -errors / temperature of the InfoNCE bound; positive.
+        errors: (b, c) floating.
+        positive: (b,) int64. Column of each row's matched caption.
+        candidates: (b, c) bool. Which pairs take part; n is their number in a row.
+        temperature: Temperature of the logits -errors / temperature of the InfoNCE bound, positive. Defaults to 0.07.
 
     Returns:
-        The three figures of each row, detached.
+        The diagnostics of each row, detached.
 
     Raises:
-        ValueError: If a shape is wrong, or a matched caption is not among its candidates.
+        ValueError: A shape is wrong, or a matched caption is not among its candidates.
 
     Source:
         SoftREPA, arXiv 2503.08250; van den Oord et al., arXiv 1807.03748, section 2.3.
@@ -173,16 +179,17 @@ def pair_diagnostics(
 def mean_by_noise_level(
     values: Tensor, timestep: Tensor, *, num_levels: int = 4, edges: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Means of a diagnostic per noise level, levels from low to high noise.
+    """Returns the mean of a diagnostic in each range of noise levels, from low to high noise.
 
     Args:
-        values: (n,); NaNs are left out.
-        timestep: Of each value, (n,); sigmas do as well.
-        num_levels: How many levels of equally many values each, unless `edges` are given.
-        edges: Where one level ends and the next begins, (num_levels - 1,) ascending.
+        values: (n,) floating. NaNs are left out.
+        timestep: (n,). Timestep of each value; noise levels (sigma) work as well.
+        num_levels: Number of ranges, with equally many values each. Defaults to 4; not used if `edges` are given.
+        edges: (num_levels - 1,) ascending. Timesteps between one range and the next. Defaults to quantiles of
+            `timestep`.
 
     Returns:
-        The edges, (num_levels - 1,), and the means, (num_levels,), NaN for empty levels.
+        The edges, (num_levels - 1,), and the means, (num_levels,), NaN for empty ranges.
     """
     timestep = timestep.to(values)
     if edges is None:
@@ -192,17 +199,21 @@ def mean_by_noise_level(
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float32, or float64 if it was."""
+    """Returns a tensor in float32, or unchanged if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def is_positive(positive: Tensor, like: Tensor) -> Tensor:
-    """(b, c) bool, True at the matched captions."""
+    """Returns a mask of the shape of `like`, (b, c) bool, that is True at the matched captions."""
     return torch.zeros_like(like, dtype=torch.bool).scatter(1, positive.unsqueeze(1), True)
 
 
 def read_errors(errors: Tensor, positive: Tensor, candidates: Tensor) -> Tensor:
-    """Checked errors in full precision, 0 where the pair takes no part."""
+    """Returns checked errors, (b, c) float32 or float64, with 0 for pairs that take no part.
+
+    Raises:
+        ValueError: The shapes or dtypes do not agree, or a matched caption is not among its candidates.
+    """
     if errors.ndim != 2 or candidates.shape != errors.shape or positive.shape != errors.shape[:1]:
         raise ValueError(
             "errors (b, c), positive (b,) and candidates (b, c) must agree but have shapes "

@@ -1,11 +1,12 @@
-"""The verbs: what one does with soft tokens on a pipeline, or on a denoiser alone.
+"""Functions that load, add, weight, save and remove soft-token adapters of a pipeline or of a denoiser.
 
-Each verb is a function whose first argument is the target, and the same verb is a method of every diffusers pipeline
-and model once `diffusers_softrepa` is imported. An adapter belongs to the denoiser, never to the pipeline, so
-pipelines that share a denoiser share it.
+The first argument of each function is the target: a pipeline, or a denoiser alone. Importing `diffusers_softrepa` adds
+the same functions as methods to every diffusers pipeline and model. An adapter belongs to the denoiser, so pipelines
+that share a denoiser share its adapters.
 
-A pipeline with several denoisers (Wan 2.2, Ideogram 4) has one adapter for each under one name: a verb on the pipeline
-is the verb on each of them, and in a folder each adapter lies in a subfolder of its component's name.
+A pipeline with several denoisers (Wan 2.2, Ideogram 4) has one adapter per denoiser under one name. A function called
+with the pipeline acts on each of its denoisers. On disk each of these adapters is in a subfolder that has the name of
+the pipeline component.
 """
 
 import logging
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Adapters, adapters_of, attach, changing, detach, make_adapter
+from .branches import GuidanceBranch, checked_branch
 from .card import model_card
 from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
@@ -52,34 +54,37 @@ def load_softrepa(
     proxies: Mapping[str, str] | None = None,
     use_safetensors: bool | None = None,
 ) -> str:
-    """Loads an adapter and makes it the only active one. Nothing is changed unless all of it fits.
+    """Loads an adapter and makes it the only active adapter. If loading fails, nothing is changed.
 
     Args:
         target: A pipeline or a denoiser.
-        source: A Hub repository id or a pasted address of the Hub, a folder, a safetensors file, or a state dict. For
-            several denoisers: a repository or folder with a subfolder for each component, or a dict of state dicts by
-            component; those that are not there get none.
-        adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
-        config: Needed with a state dict; elsewhere it replaces the stored one.
-        hotswap: Put the values into the loaded adapter `adapter_name` of equal shapes; compiled code stays valid.
-        is_trainable: Whether its tokens require gradients.
-        weight_name: File name instead of `adapter_model.safetensors`.
-        subfolder: Folder inside the repository or folder.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        local_files_only: Only look in the cache.
-        cache_dir: Hub cache folder.
-        force_download: Fetch even what is cached.
-        proxies: Not supported by huggingface_hub 2; set HTTPS_PROXY.
-        use_safetensors: None or True; there is no other format.
+        source: A Hub repository id or URL, a local folder, a safetensors file, or a state dict. For a pipeline with
+            several denoisers: a repository or folder that has a subfolder per pipeline component, or a dict that maps
+            component names to state dicts. A component that is missing there gets no adapter.
+        adapter_name: Name of the adapter in this pipeline. Defaults to `"softrepa"`, or the first free name of
+            `"softrepa_1"`, `"softrepa_2"`, ...
+        config: Configuration of the adapter. Required if `source` is a state dict; otherwise it replaces the
+            configuration stored beside the weights, which is used by default.
+        hotswap: Whether to copy the values into the adapter `adapter_name`, which must be loaded already and have the
+            same shapes. Compiled code stays valid. Defaults to False.
+        is_trainable: Whether the parameters of the adapter require gradients. Defaults to False.
+        weight_name: Name of the weights file. Defaults to `adapter_model.safetensors`.
+        subfolder: Subfolder of the repository or folder in which the adapter is. Defaults to its root.
+        revision: Branch, tag or commit on the Hub. Defaults to the main branch.
+        token: Hub token, or whether to use the stored one. Defaults to the stored one, if there is one.
+        local_files_only: Whether to read from the Hub cache only. Defaults to False.
+        cache_dir: Folder of the Hub cache. Defaults to that of huggingface_hub.
+        force_download: Whether to download files that are in the cache. Defaults to False.
+        proxies: Not supported, because huggingface_hub no longer takes it; set the HTTPS_PROXY variable.
+        use_safetensors: None or True. Adapters are always safetensors files.
 
     Returns:
-        The adapter's name.
+        The name of the adapter.
 
     Raises:
-        ValueError: The adapter is damaged, does not fit the denoiser, or the name is taken.
+        ValueError: The adapter is damaged or does not fit the denoiser, or the name is in use.
         OSError: The source cannot be found or reached.
-        TypeError: An argument has the wrong type or name.
+        TypeError: An argument has the wrong type or an unknown name.
     """
     if isinstance(adapter_name, SoftREPAConfig):
         raise TypeError(
@@ -91,22 +96,22 @@ def load_softrepa(
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:
         raise ValueError("huggingface_hub takes no proxies argument any more; set the HTTPS_PROXY variable instead")
-    hosts = denoisers_of(target)
-    name = _free_name(_names(hosts), adapter_name, taken_is_fine=hotswap)
+    denoisers = denoisers_of(target)
+    name = _free_name(_names(denoisers), adapter_name, taken_is_fine=hotswap)
     options = HubOptions(weight_name, subfolder, revision, token, bool(local_files_only), cache_dir, force_download)
-    parts = _parts(target, hosts, source, options)
+    parts = _parts(target, denoisers, source, options)
     loaded = {}
     for component, (part, part_options) in parts.items():
         own_config, tensors = load_checkpoint(part, config, part_options)
-        loaded[component] = make_adapter(hosts[component], own_config, tensors=tensors, trainable=is_trainable)
+        loaded[component] = make_adapter(denoisers[component], own_config, tensors=tensors, trainable=is_trainable)
         _warn_of_other_base(target, own_config)
-    with changing(hosts.values(), numbers_of=name if hotswap else None):
-        name = _free_name(_names(hosts), name if hotswap else adapter_name, taken_is_fine=hotswap)  # as of now
+    with changing(denoisers.values(), numbers_of=name if hotswap else None):
+        name = _free_name(_names(denoisers), name if hotswap else adapter_name, taken_is_fine=hotswap)  # as of now
         if hotswap:
             for component, adapter in loaded.items():
-                _loaded(hosts[component]).check_swap(name, adapter.config)
+                _loaded(denoisers[component]).check_swap(name, adapter.config)
         for component, adapter in loaded.items():
-            _put(hosts[component], name, adapter, hotswap=hotswap)
+            _put(denoisers[component], name, adapter, hotswap=hotswap)
     return name
 
 
@@ -118,35 +123,37 @@ def add_softrepa(
     text_embeddings: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> str:
-    """Adds a fresh adapter to train and makes it the only active one.
+    """Adds a newly initialised adapter, which requires gradients, and makes it the only active adapter.
 
     Args:
         target: A pipeline or a denoiser.
-        config: What to add; `SoftREPAConfig.for_denoiser(denoiser)` unless given.
-        adapter_name: Its name; `"softrepa"`, `"softrepa_1"`, ... unless given.
-        text_embeddings: `(S, D)`, what the tokens start from when the config says `init="text"`.
-        generator: Source of the initial noise.
+        config: Configuration of the adapter. Defaults to `SoftREPAConfig.for_denoiser(denoiser)`.
+        adapter_name: Name of the adapter. Defaults to `"softrepa"`, or the first free name of `"softrepa_1"`,
+            `"softrepa_2"`, ...
+        text_embeddings: (S, D) floating. Embeddings of S text tokens as the blocks read them; soft token k starts from
+            row k modulo S. Required if `config.init` is `"text"`, an error otherwise.
+        generator: Random generator of the initial values. Defaults to torch's global one.
 
     Returns:
-        The adapter's name. Its parameters are `softrepa_parameters(target, name)`.
+        The name of the adapter. `softrepa_parameters` returns its parameters.
 
     Raises:
-        ValueError: The config does not fit the denoiser, or the name is taken.
+        ValueError: The configuration does not fit the denoiser, or the name is in use.
     """
-    hosts = denoisers_of(target)
-    _free_name(_names(hosts), adapter_name)
+    denoisers = denoisers_of(target)
+    _free_name(_names(denoisers), adapter_name)
     fresh = {}
-    for component, denoiser in hosts.items():
+    for component, denoiser in denoisers.items():
         own = config or SoftREPAConfig.for_denoiser(denoiser)
         if own.base_model_name_or_path is None:
             own = replace(own, base_model_name_or_path=_base_name(target))
         fresh[component] = make_adapter(
             denoiser, own, text_embeddings=text_embeddings, generator=generator, trainable=True
         )
-    with changing(hosts.values()):
-        name = _free_name(_names(hosts), adapter_name)  # as of now
+    with changing(denoisers.values()):
+        name = _free_name(_names(denoisers), adapter_name)  # as of now
         for component, adapter in fresh.items():
-            attach(hosts[component], name, adapter)
+            attach(denoisers[component], name, adapter)
     return name
 
 
@@ -166,32 +173,35 @@ def save_softrepa(
     revision: str | None = None,
     license: str | None = None,
 ) -> str | None:
-    """Saves one adapter as a folder that `load_softrepa` reads, and shares it on the Hub if asked.
+    """Saves one adapter to a folder that `load_softrepa` reads, and optionally pushes the folder to the Hub.
 
     Args:
         target: A pipeline or a denoiser.
-        save_directory: The folder; it gets weights, config and a model card, which is kept where there is one.
-        adapter_name: Which adapter; needed when several are loaded and not exactly one is active.
-        weight_name: File name instead of `adapter_model.safetensors`.
-        is_main_process: Other processes of a distributed run do nothing.
-        push_to_hub: Upload the files afterwards.
-        repo_id: Where; the folder's name in your namespace unless given.
-        private: Whether a repository made now is private.
-        token: Hub token.
-        commit_message: Message of the commit.
-        create_pr: Open a pull request instead of committing.
-        revision: Branch to commit to.
-        license: Licence for the model card in the Hub's spelling, such as `"apache-2.0"`; none is written unless
-            given, and the one that a card has stays.
+        save_directory: Folder for the weights, the configuration and a model card. A model card that is there already
+            is kept.
+        adapter_name: Name of the adapter. Defaults to the only loaded or only active adapter; required if there are
+            several.
+        weight_name: Name of the weights file. Defaults to `adapter_model.safetensors`.
+        is_main_process: Whether this process saves. Set it to False in the other processes of a distributed run.
+            Defaults to True.
+        push_to_hub: Whether to push the saved files to the Hub. Defaults to False.
+        repo_id: Hub repository to push to. Defaults to the name of the folder in your namespace.
+        private: Whether a newly created repository is private. Defaults to the setting of the account on the Hub.
+        token: Hub token, or whether to use the stored one. Defaults to the stored one.
+        commit_message: Message of the commit. Defaults to one that names the upload.
+        create_pr: Whether to open a pull request instead of committing. Defaults to False.
+        revision: Branch to commit to. Defaults to the main branch.
+        license: Licence for the model card as the Hub spells it, such as `"apache-2.0"`. Defaults to the licence that
+            the model card has already, if any.
 
     Returns:
-        The URL of the commit or pull request on the Hub, None when nothing was pushed.
+        The URL of the commit or pull request on the Hub, or None if nothing was pushed.
 
     Raises:
-        ValueError: There is no such adapter, or it cannot be told which one is meant.
-        OSError: The files cannot be written, or the Hub refused.
+        ValueError: There is no such adapter, or `adapter_name` is required.
+        OSError: The files cannot be written, or the Hub refused them.
     """
-    hosts = denoisers_of(target)
+    denoisers = denoisers_of(target)
     name = adapter_name or _only_name(target)
     chosen = {component: adapters[name] for component, adapters in _having(target, [name]).items()}
     if not is_main_process:
@@ -199,12 +209,12 @@ def save_softrepa(
     files = []
     for component, adapter in chosen.items():
         tensors = dict(adapter.tokens.state_dict())
-        if len(hosts) == 1:
+        if len(denoisers) == 1:
             files = save_checkpoint(save_directory, adapter.config, tensors, weight_name=weight_name, license=license)
         else:
             made = save_checkpoint(Path(save_directory) / component, adapter.config, tensors, weight_name=weight_name)
             files += [f"{component}/{file}" for file in made if file != CARD_NAME]
-    if len(hosts) > 1:
+    if len(denoisers) > 1:
         config = next(iter(chosen.values())).config
         write_card(
             Path(save_directory), str(model_card(config, UNKNOWN_REPO, weight_name=weight_name, license=license))
@@ -228,34 +238,43 @@ def save_softrepa(
 
 
 def set_softrepa(
-    target: Any, adapter_names: str | Sequence[str] | Mapping[str, Any], adapter_weights: Any = None
+    target: Any,
+    adapter_names: str | Sequence[str] | Mapping[str, Any],
+    adapter_weights: Any = None,
+    *,
+    guidance_branch: GuidanceBranch = "both",
 ) -> None:
-    """Makes exactly the named adapters active, each with its weight.
+    """Activates the named adapters with the given weights and deactivates all others.
 
-    At weight 0 the output is the base model's, bit for bit; at 1 the trained adapter's; in between each block's output
-    moves in a straight line from one to the other. Several adapters at weight 1 all show their tokens. Of a
-    pipeline's denoisers, one that has none of them has no active adapter then.
+    With weight 0 the output equals that of the base model bit for bit; with weight 1 the adapter acts as it was
+    trained. In between, the output of each block is interpolated linearly. The tokens of several active adapters stand
+    side by side. A denoiser of the pipeline that has none of the named adapters has no active adapter afterwards.
 
-    A weight is a number of Python, numpy or torch, or one for each layer of tokens as a list or `{layer: number}`,
-    or one for each stage of a UNet, `{"down": 0.5}`; what a mapping leaves out has 1.
+    A weight is a number, or one number per layer of tokens (a list, or `{layer: number}`), or one number per stage of
+    a UNet (`{"down": 0.5}`). Layers and stages that a mapping omits have weight 1.
 
     Args:
         target: A pipeline or a denoiser.
-        adapter_names: One name, several, or a mapping from names to weights as `get_softrepa_adapters` returns it, in
-            which None means not active.
-        adapter_weights: One weight for all, or one each; 1 unless given. A list for one name is a weight for each
-            layer.
+        adapter_names: One name, several names, or a mapping from names to weights as `get_softrepa_adapters` returns
+            it. In a mapping, None means that the adapter is not active.
+        adapter_weights: One weight for all adapters, or a list with one weight per adapter. Defaults to 1. With a
+            single name a list has one weight per layer.
+        guidance_branch: `"both"` adds the tokens to every denoiser call, as published. With `"positive"`, under
+            classifier-free guidance, only the rows of the positive prompt get them, and the prediction of the negative
+            prompt is that of the base model; a call in which the rows cannot be told apart raises a ValueError.
+            Defaults to `"both"`.
 
     Raises:
-        ValueError: A name is unknown, the numbers of names and weights differ, or a weight is not a finite number or
-            does not fit the adapter's layers. Nothing is changed then.
-        TypeError: The names are no strings, or weights are given beside a mapping.
+        ValueError: A name is unknown, there is not one weight per name, a weight is not a finite number or does not
+            fit the layers of the adapter, or `guidance_branch` is another word. Nothing is changed then.
+        TypeError: A name is not a string, or weights are given in addition to a mapping.
     """
+    branch = checked_branch(guidance_branch)
     chosen = weights_by_name(adapter_names, adapter_weights)
     with changing(denoisers_of(target).values()):
         _having(target, [*chosen, *(adapter_names if isinstance(adapter_names, Mapping) else [])])  # all are known
         states = [
-            (adapters, adapters.weighed({name: weight for name, weight in chosen.items() if name in adapters.names}))
+            (adapters, adapters.weighed({name: chosen[name] for name in chosen if name in adapters.names}, branch))
             for adapters in _having(target).values()
         ]
         for adapters, state in states:
@@ -263,14 +282,28 @@ def set_softrepa(
 
 
 def enable_softrepa(target: Any) -> None:
-    """Switches the active adapters on again after `disable_softrepa`."""
+    """Enables the active adapters again after `disable_softrepa`.
+
+    Args:
+        target: A pipeline or a denoiser.
+
+    Raises:
+        ValueError: There are no adapters.
+    """
     with changing(denoisers_of(target).values()):
         for adapters in _having(target).values():
             adapters.set_enabled(True)
 
 
 def disable_softrepa(target: Any) -> None:
-    """Switches all adapters off; pictures are the base model's, bit for bit, until `enable_softrepa`."""
+    """Disables all adapters until `enable_softrepa`. Outputs then equal those of the base model bit for bit.
+
+    Args:
+        target: A pipeline or a denoiser.
+
+    Raises:
+        ValueError: There are no adapters.
+    """
     with changing(denoisers_of(target).values()):
         for adapters in _having(target).values():
             adapters.set_enabled(False)
@@ -278,21 +311,19 @@ def disable_softrepa(target: Any) -> None:
 
 @contextmanager
 def softrepa_disabled(target: Any) -> Iterator[None]:
-    """Switches all adapters of `target` off while it lasts, and leaves everything else as it was.
+    """Context manager that disables all adapters inside its block and restores the previous state afterwards.
 
-    Contexts may be nested and overlap in several threads: the adapters are off until the last one ends. A target
-    without adapters is left alone. An adapter that is loaded meanwhile into a denoiser that had none is not off.
-
-        with softrepa_disabled(pipe):
-            base = pipe("a cat").images[0]
+    Contexts may be nested, and may overlap in several threads: adapters are enabled again when the last context ends.
+    Without adapters the context does nothing. An adapter that is loaded inside the block into a denoiser that had none
+    is enabled.
 
     Args:
         target: A pipeline or a denoiser.
     """
-    hosts = list(denoisers_of(target).values())
+    denoisers = list(denoisers_of(target).values())
     paused = []
-    with changing(hosts):
-        for denoiser in hosts:
+    with changing(denoisers):
+        for denoiser in denoisers:
             adapters = adapters_of(denoiser)
             if adapters is not None:
                 adapters.pause(1)
@@ -300,7 +331,7 @@ def softrepa_disabled(target: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        with changing(hosts):
+        with changing(denoisers):
             for denoiser, adapters in paused:
                 if adapters_of(denoiser) is adapters:  # or it was unloaded meanwhile
                     adapters.pause(-1)
@@ -308,52 +339,68 @@ def softrepa_disabled(target: Any) -> Iterator[None]:
 
 @contextmanager
 def softrepa_left_as_found(target: Any) -> Iterator[None]:
-    """Lets the adapters of `target` be activated, weighted and switched; puts all that back as it was afterwards.
+    """Context manager that restores which adapters are active and enabled, and their weights, when its block ends.
 
-    What is loaded or removed meanwhile stays so.
+    Adapters that are loaded or removed inside the block stay loaded or removed.
 
     Args:
         target: A pipeline or a denoiser.
     """
-    hosts = list(denoisers_of(target).values())
-    found = [(denoiser, adapters.state) for denoiser in hosts if (adapters := adapters_of(denoiser)) is not None]
+    denoisers = list(denoisers_of(target).values())
+    found = [(denoiser, adapters.state) for denoiser in denoisers if (adapters := adapters_of(denoiser)) is not None]
     try:
         yield
     finally:
-        with changing(hosts):
+        with changing(denoisers):
             for denoiser, state in found:
                 adapters = adapters_of(denoiser)
                 if adapters is not None:
                     here = {name: weight for name, weight in state.weights.items() if name in adapters.names}
-                    adapters.become(replace(adapters.state, weights=here, enabled=state.enabled))
+                    branch = state.guidance_branch
+                    adapters.become(
+                        replace(adapters.state, weights=here, guidance_branch=branch, enabled=state.enabled)
+                    )
 
 
 def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
-    """Removes the named adapters; no other one becomes active in their place.
+    """Removes the named adapters. No other adapter becomes active in their place.
+
+    Args:
+        target: A pipeline or a denoiser.
+        adapter_names: Name or names of the adapters.
 
     Raises:
         ValueError: A name is unknown.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    hosts = denoisers_of(target)
-    with changing(hosts.values()):
+    denoisers = denoisers_of(target)
+    with changing(denoisers.values()):
         for component, adapters in _having(target, names).items():
-            detach(hosts[component], [name for name in names if name in adapters.names])
+            detach(denoisers[component], [name for name in names if name in adapters.names])
 
 
 def unload_softrepa(target: Any) -> None:
-    """Removes all adapters and leaves the denoiser exactly as it was before the first one."""
-    hosts = denoisers_of(target)
-    with changing(hosts.values()):
-        for denoiser in hosts.values():
+    """Removes all adapters and restores each denoiser to its state before the first adapter was added.
+
+    Args:
+        target: A pipeline or a denoiser.
+    """
+    denoisers = denoisers_of(target)
+    with changing(denoisers.values()):
+        for denoiser in denoisers.values():
             detach(denoiser)
 
 
 def get_softrepa_adapters(target: Any) -> dict[str, Any]:
-    """Returns the loaded adapters: weight by name, None for those that are not active now; `set_softrepa` takes it.
+    """Returns the names of the loaded adapters with their weights, in the form that `set_softrepa` takes.
 
-    A weight is a number, a list with one for each layer, or a dict with one for each stage, as it was set. Of a name
-    that several denoisers of a pipeline have, it is that on the first.
+    Args:
+        target: A pipeline or a denoiser.
+
+    Returns:
+        Weight by adapter name: a number, a list with one number per layer, or a dict with one number per stage, as it
+        was set; None for adapters that are not active or are disabled. If several denoisers of a pipeline have an
+        adapter of that name, the weight is that of the first denoiser.
     """
     weights: dict[str, Any] = {}
     for denoiser in denoisers_of(target).values():
@@ -367,9 +414,19 @@ def get_softrepa_adapters(target: Any) -> dict[str, Any]:
 
 
 def softrepa_parameters(target: Any, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
-    """Returns the parameters of one adapter by name, for an optimizer: `tokens` and, with bins, `timestep_tokens`.
+    """Returns the parameters of one adapter, for an optimizer.
 
-    For a pipeline with several denoisers a component's name and a dot come before each.
+    Args:
+        target: A pipeline or a denoiser.
+        adapter_name: Name of the adapter. Defaults to the only loaded or only active adapter; required if there are
+            several.
+
+    Returns:
+        Parameter by name: `tokens` and, if the adapter has timestep bins, `timestep_tokens`. For a pipeline with
+        several denoisers each name begins with the name of the component, as in `transformer_2.tokens`.
+
+    Raises:
+        ValueError: There is no such adapter, or `adapter_name` is required.
     """
     several = len(denoisers_of(target)) > 1
     name = adapter_name or _only_name(target)
@@ -381,24 +438,24 @@ def softrepa_parameters(target: Any, adapter_name: str | None = None) -> dict[st
 
 
 def _parts(
-    target: Any, hosts: Mapping[str, nn.Module], source: Any, options: HubOptions
+    target: Any, denoisers: Mapping[str, nn.Module], source: Any, options: HubOptions
 ) -> dict[str, tuple[Any, HubOptions]]:
-    """Returns where the adapter of each component lies; of several components, those that have one there."""
-    if len(hosts) == 1:
-        return dict.fromkeys(hosts, (source, options))
+    """Returns the source of the adapter of each component, without components for which the source has none."""
+    if len(denoisers) == 1:
+        return dict.fromkeys(denoisers, (source, options))
     if isinstance(source, Mapping):
-        parts = {component: (source[component], options) for component in hosts if component in source}
+        parts = {component: (source[component], options) for component in denoisers if component in source}
     elif Path(source).is_file():
         parts = {}
     else:
-        folders = {name: "/".join(filter(None, [options.subfolder, name])) for name in hosts}
+        folders = {name: "/".join(filter(None, [options.subfolder, name])) for name in denoisers}
         parts = {name: (source, replace(options, subfolder=folder)) for name, folder in folders.items()}
         parts = {name: part for name, part in parts.items() if not is_absent(part[0], part[1])}
     if not parts:
         raise ValueError(
             f"{type(target).__name__} has several denoisers, so an adapter needs a subfolder for each of "
-            f"{sorted(hosts)} (or some), but {'the state dict' if isinstance(source, Mapping) else source} has none; "
-            "load an adapter of one denoiser into that denoiser instead of the pipeline"
+            f"{sorted(denoisers)} (or some), but {'the state dict' if isinstance(source, Mapping) else source} has "
+            "none; load an adapter of one denoiser into that denoiser instead of the pipeline"
         )
     return parts
 
@@ -411,17 +468,17 @@ def _put(denoiser: nn.Module, name: str, adapter: Adapter, *, hotswap: bool) -> 
 
 
 def _having(target: Any, names: Sequence[str] = ()) -> dict[str, Adapters]:
-    """Returns the adapters of each denoiser that has all or, of a pipeline with several, some of `names`.
+    """Returns the adapters of each denoiser that has at least one of `names`, or any adapter if `names` is empty.
 
     Raises:
-        ValueError: No denoiser has adapters, or none has one of the names.
+        ValueError: No denoiser has adapters, or one of the names is unknown to all denoisers.
     """
-    hosts = denoisers_of(target)
-    loaded = {component: adapters_of(denoiser) for component, denoiser in hosts.items()}
+    denoisers = denoisers_of(target)
+    loaded = {component: adapters_of(denoiser) for component, denoiser in denoisers.items()}
     having = {component: adapters for component, adapters in loaded.items() if adapters is not None}
     if not having:
-        return {component: _loaded(denoiser) for component, denoiser in hosts.items()}  # raises
-    known = _names(hosts)
+        return {component: _loaded(denoiser) for component, denoiser in denoisers.items()}  # raises
+    known = _names(denoisers)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no soft-token adapter is named {unknown}; loaded are {known}")
@@ -441,9 +498,9 @@ def _loaded(denoiser: nn.Module) -> Adapters:
     return adapters
 
 
-def _names(hosts: Mapping[str, nn.Module]) -> list[str]:
-    """Returns the names of the adapters of all denoisers."""
-    loaded = [adapters_of(denoiser) for denoiser in hosts.values()]
+def _names(denoisers: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the names of the adapters of all denoisers, each once."""
+    loaded = [adapters_of(denoiser) for denoiser in denoisers.values()]
     return list(dict.fromkeys(name for adapters in loaded if adapters is not None for name in adapters.names))
 
 
@@ -476,13 +533,16 @@ def _free_name(taken: Sequence[str], name: str | None, *, taken_is_fine: bool = 
 
 
 def _base_name(target: Any) -> str | None:
-    """Returns the Hub id that the target was loaded from, else its path, which stays on this machine."""
+    """Returns the Hub id that the target was loaded from, else its absolute path, else None.
+
+    A path is not published: model cards and pushed configurations leave it out.
+    """
     name = str(target.config.get("_name_or_path") or "")  # a Path if it was loaded from one
     return hub_id(name) or (os.path.abspath(name) if name else None)
 
 
 def _warn_of_other_base(target: Any, config: SoftREPAConfig) -> None:
-    """Warns when both names are Hub ids and differ; paths may be copies of anything."""
+    """Warns if the adapter was trained on another Hub model. A local path may be a copy of any, so it is ignored."""
     names = (hub_id(config.base_model_name_or_path), hub_id(_base_name(target)))
     if all(names) and names[0] != names[1]:
         logger.warning("the adapter was trained on %s and is loaded into %s; alignment may not improve", *names)

@@ -1,13 +1,14 @@
-"""How a message or a page shows what somebody else wrote: as one short printable line, whatever it is."""
+"""Shows foreign values and text in messages and Markdown pages as one short printable line."""
 
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import Any, final
 
 
 @final
 class _Short(reprlib.Repr):
-    """A `repr` that is cut at every level, and that a value of any depth or size does not break."""
+    """A `repr` that is shortened at every level and works for values of any depth or size."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ def quoted(value: Any, limit: int = 80) -> str:
     """Returns `repr(value)` as one line of printable characters, at most `limit` of them.
 
     Args:
-        value: Anything; lists and mappings are cut at every level, and a failing `repr` becomes the type's name.
+        value: Any value; lists and mappings are shortened at every level, and if `repr` fails, its type is named.
         limit: Longest text to return, in characters.
     """
     try:
@@ -47,9 +48,9 @@ def one_line(text: object, limit: int = 240) -> str:
 
 
 def in_markdown(text: object, limit: int = 400) -> str:
-    r"""Returns foreign text, such as a prompt, as Markdown shows it word for word: in a paragraph, a list or a table.
+    r"""Returns foreign text, such as a prompt, escaped so that Markdown shows it literally.
 
-    It can be no heading, emphasis, code, link, picture, HTML or comment, ends no table cell, and is one line.
+    The result is one line without headings, emphasis, code, links, images, HTML or comments, and can stand in a table.
 
     Args:
         text: The text.
@@ -71,3 +72,13 @@ def human_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table of cells that are Markdown already; `in_markdown` makes them of foreign text.
+
+    Args:
+        heads: The head of each column.
+        rows: The cells of each row.
+    """
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))

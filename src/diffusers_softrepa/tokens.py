@@ -1,4 +1,4 @@
-"""Soft text tokens: a small table of learned vectors, looked up by layer and noise level.
+"""Soft text tokens: learned vectors for each layer and timestep bin.
 
 The tokens of layer l at timestep t are `tokens[l, k] + timestep_tokens[bin(t), l]` for k < K, where
 `bin(t) = min(int(t), 999) * B // 1000` on the 0..1000 timestep scale.
@@ -15,16 +15,16 @@ from .config import SoftREPAConfig
 def timestep_bin(timestep: Tensor, num_bins: int, scale: float = 1.0) -> Tensor:
     """Returns the bin of each timestep.
 
-    A timestep that a pipeline rounded to half precision (FLUX.1 passes t/1000 so) may have slipped just under the
-    edge of its bin; it is lifted by the rounding error of its dtype first.
+    A timestep that a pipeline rounded to half precision (as FLUX.1 does with t/1000) may lie just below the edge of
+    its bin. So the rounding error of its dtype is added first.
 
     Args:
-        timestep: Noise levels as the denoiser gets them, any shape, integer or floating.
+        timestep: Timesteps as the denoiser gets them, any shape, integer or floating.
         num_bins: Number B of equal bins over 0..1000.
         scale: Factor that brings `timestep` to the 0..1000 scale.
 
     Returns:
-        Bins in [0, num_bins), int64, of the same shape. Values outside 0..1000 go to the first or the last bin.
+        Bins in [0, num_bins), int64, of the same shape. Values outside 0..1000 belong to the first or the last bin.
     """
     level = timestep.to(torch.float32) * scale
     if timestep.is_floating_point():
@@ -34,20 +34,22 @@ def timestep_bin(timestep: Tensor, num_bins: int, scale: float = 1.0) -> Tensor:
 
 
 class SoftTokens(nn.Module):
-    """The learned numbers of one adapter: float32 and trainable, whatever defaults and modes the process has set.
+    """The learned tokens of one adapter.
+
+    They are float32 and trainable, also under `torch.set_default_dtype` and `torch.inference_mode`.
 
     Attributes:
         tokens: `(L, K, D)`.
-        timestep_tokens: `(B, L, D)`, or None without bins. With several banks both have a leading bank axis.
+        timestep_tokens: `(B, L, D)`, or None without bins. With several banks both have a leading bank dimension.
 
     Args:
         config: Shapes and initialisation.
         text_embeddings: For `init="text"`: embeddings to start from, `(S, D)`, in the width the blocks read. Token k
             starts from row k modulo S.
-        generator: Source of the initial noise.
+        generator: Random generator for the initial noise.
 
     Raises:
-        ValueError: `text_embeddings` is missing, not wanted, or of another width.
+        ValueError: `text_embeddings` is missing, is given without `init="text"`, or has another width.
     """
 
     def __init__(
@@ -76,12 +78,12 @@ class SoftTokens(nn.Module):
         """Returns the tokens of every layer.
 
         Args:
-            timestep: Noise level, `(batch,)`, in the denoiser's own unit.
-            scale: Factor that brings `timestep` to 0..1000.
-            bank: Which bank, for the whole batch or `(batch,)` int64.
+            timestep: Timesteps `(batch,)` as the denoiser gets them.
+            scale: Factor that brings `timestep` to the 0..1000 scale.
+            bank: Index of the bank, one for the whole batch or int64 `(batch,)`.
 
         Returns:
-            `(batch, L, K, D)`, float32; batch is 1 when nothing depends on the row.
+            `(batch, L, K, D)`, float32; batch is 1 if the tokens are the same for all rows.
         """
         tokens = self.tokens if self.num_banks == 1 else self.tokens[bank]
         if tokens.ndim == 3:
@@ -94,7 +96,7 @@ class SoftTokens(nn.Module):
 
 
 def _starting_rows(config: SoftREPAConfig, text_embeddings: Tensor | None) -> Tensor:
-    """Returns what the noise is added to, broadcastable to `tokens`: (K, D)."""
+    """Returns the mean of the initial tokens, `(K, D)` or a scalar zero."""
     if config.init == "normal":
         if text_embeddings is not None:
             raise ValueError('text_embeddings are only used with init="text"; set it, or leave them out')

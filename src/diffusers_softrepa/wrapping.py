@@ -1,8 +1,8 @@
-"""Another forward in place of a module's own, innermost, and off again without a trace.
+"""Replaces a module's `forward` beneath all hooks, and restores it without a trace.
 
-A module's `forward` may be wrapped by hooks of offloading, caching or LoRA, and may be compiled. What is put on here
-goes beneath all of them, wherever they keep the forward that they found; what is taken off leaves each of them with
-the forward of the module itself.
+A module's `forward` may be wrapped by hooks of offloading, caching or LoRA, and may be compiled. A `Wrap` is installed
+beneath all of them, wherever they keep the forward that they found; removing it leaves each of them with the forward
+of the module's class.
 """
 
 import copy
@@ -50,17 +50,17 @@ _RUN = "_softrepa_run"
 
 
 class Wrap:
-    """Puts `run(module, *args, **kwargs)` in place of a module's forward, and takes it off again.
+    """Replaces a module's forward by `run(module, *args, **kwargs)`, and restores it.
 
-    In its place it is a bound method of the module, as the module's own forward is, and finds what it needs on the
-    module. So it may be rebound, wrapped and called by code that knows nothing of it, and compiled code depends on the
-    function alone, not on which object was made when.
+    The replacement is a bound method of the module, as the module's own forward is, and reads its state from the
+    module. So other code can rebind, wrap and call it, and compiled code depends on the function alone, not on this
+    object.
 
     Attributes:
-        module: Whose forward.
-        kind: The kind of work that it is on for; None while it is off.
-        state: What it works with, see `wrapped_by`.
-        around: The forward beneath it.
+        module: The module whose forward is replaced.
+        kind: The kind of work for which the wrapper is installed; None while it is not installed.
+        state: What `run` gets from `wrapped_by`.
+        around: The forward beneath the wrapper.
     """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], state: Any) -> None:
@@ -68,17 +68,17 @@ class Wrap:
         self.around: Callable[..., Any] = _class_forward(module)
         self.module, self._run = module, run
         self.kind: Hashable = None
-        self._settled = True  # False where `set` was interrupted
+        self._complete = True  # False after an interrupted `set`
 
     def set(self, kind: Hashable) -> None:
-        """Puts the wrapper on for this kind of work, or takes it off without a trace when it is None.
+        """Installs the wrapper for this kind of work, or removes it without a trace if it is None.
 
-        Interrupted anywhere, a further call ends in what that one was asked for.
+        If a call of this method is interrupted, calling it again completes the change.
         """
         own, innermost = vars(self.module), _class_forward(self.module)
-        if kind == self.kind and self._settled:
+        if kind == self.kind and self._complete:
             return
-        fresh, self._settled = self.kind is None or not self._settled, False
+        fresh, self._complete = self.kind is None or not self._complete, False
         own.setdefault("forward", innermost)
         if own.get(_WRAP) is not self:
             self.around = self._find_place(innermost)
@@ -92,10 +92,10 @@ class Wrap:
             del own["forward"]
         if kind is None:
             own.pop(_WRAP, None)
-        self._settled = True
+        self._complete = True
 
     def _find_place(self, innermost: MethodType) -> Callable[..., Any]:
-        """Returns what to wrap: the innermost forward, beneath all hooks, or a wrapper of unknown make around it."""
+        """Returns the forward to wrap: the innermost one, or the attribute if no known hook keeps the former."""
         own = vars(self.module)["forward"]
         beneath = any(holder.get(key) == innermost for holder, key in _forward_holders(self.module))
         return innermost if beneath or _is_ours_beneath(own) else own
@@ -107,7 +107,7 @@ class Wrap:
         return MethodType(_method(self._run, cls, kind), self.module)
 
     def _is_mine(self, forward: Any) -> bool:
-        """Whether a forward is what this wrapper has put on the module, for whatever kind of work."""
+        """Whether a forward is one that this wrapper has installed, for any kind of work."""
         method = getattr(forward, "__func__", None)
         return vars(method).get(_RUN) is self._run if isinstance(method, FunctionType) else False
 
@@ -125,10 +125,10 @@ class Wrap:
 
 @functools.cache
 def _method(run: Callable[..., Any], cls: type[nn.Module], kind: Hashable) -> FunctionType:
-    """Returns `run` as a function of its own for one class of modules and one kind of work.
+    """Returns a copy of `run` for one class of modules and one kind of work.
 
-    Compilation keeps a few compiled versions of each function, and gives up beyond. Without this, all blocks, all
-    denoisers and all that one does with them would share those few.
+    `torch.compile` keeps a limited number of compiled versions of each function. Without copies, all classes of blocks
+    and all kinds of work would share that number.
     """
     code = run.__code__.replace(co_name=f"{run.__name__}_of_{cls.__name__}")
     method = FunctionType(code, run.__globals__, "forward")
@@ -138,7 +138,7 @@ def _method(run: Callable[..., Any], cls: type[nn.Module], kind: Hashable) -> Fu
 
 
 def wrapped_by(module: nn.Module) -> tuple[Any, Callable[..., Any]]:
-    """Returns the state of the wrapper on a module, None when it was taken off meanwhile, and the forward beneath."""
+    """Returns the state of the wrapper on a module, None if it was removed meanwhile, and the forward beneath it."""
     wrap = getattr(module, _WRAP, None)
     return (None, _class_forward(module)) if wrap is None else (wrap.state, wrap.around)
 
@@ -153,8 +153,8 @@ def _is_ours_beneath(forward: Any) -> bool:
 
 
 def _forward_holders(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields every place that may keep a forward of the module: its own attribute, accelerate's copy of what it
-    replaced, diffusers' chain of hooks."""
+    """Yields dictionary and key of every place that may keep a forward of the module: its attribute, accelerate's copy
+    of the replaced forward, and the hooks of diffusers."""
     yield vars(module), "forward"
     yield vars(module), "_old_forward"
     registry = vars(module).get("_diffusers_hook")

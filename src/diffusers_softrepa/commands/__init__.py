@@ -1,6 +1,6 @@
-"""The sub-commands of `softrepa`: one module each, which names its options in dataclasses and does the work in `run`.
+"""The sub-commands of `softrepa`, one module each, with a function `main` that takes the options.
 
-A sub-command raises what is wrong; here it becomes one line, `error: ...`, and an exit status.
+A sub-command raises errors; `run` turns them into one line, `error: ...`, and an exit status.
 """
 
 import importlib
@@ -19,11 +19,11 @@ def run(name: str, argv: Sequence[str]) -> int:
 
     Args:
         name: The sub-command.
-        argv: Its options. With `--debug` among them errors are raised, so that their traceback shows.
+        argv: Options of the sub-command. With `--debug` among them errors are raised, with their traceback.
 
     Returns:
-        0 when it is done; 1 when it failed while it ran; 2 when the options, or the files, models and data that they
-        name, are not as they should be; 130 when it was interrupted from the keyboard.
+        0 if it finished; 1 if it failed while it ran; 2 if the options, or the files, models and data that they name,
+        are not valid; 130 if it was interrupted from the keyboard.
     """
     words = [word for word in argv if word != "--debug"]
     debug = len(words) < len(argv)
@@ -47,14 +47,14 @@ def run(name: str, argv: Sequence[str]) -> int:
 
 
 def _is_usage(error: Exception) -> bool:
-    """Whether an error is about what was asked for, and not about what happened while it was done."""
+    """Whether an error is about the options and not about the run."""
     if isinstance(error, OSError) and error.errno is not None:
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError)
     return isinstance(error, ValueError | TypeError | ImportError | KeyError | OSError)
 
 
 def _sentence(error: Exception) -> str:
-    """Returns an error as one line, its kind first where the text was not written to stand alone."""
+    """Returns an error as one line, with its type in front unless its text is a full sentence."""
     text = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error, 1000)
     known = isinstance(error, ValueError | OSError | ImportError | KeyError | FloatingPointError)
     return text if text and known else f"{type(error).__name__}: {text}" if text else type(error).__name__

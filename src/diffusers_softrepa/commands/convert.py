@@ -11,5 +11,5 @@ from ..convert.command import main as convert
 
 
 def main(argv: Sequence[str]) -> None:
-    """Converts one adapter and says what is in it."""
+    """Converts one adapter and prints what it contains."""
     convert(argv, prog="softrepa convert")

@@ -1,11 +1,11 @@
-"""`softrepa edit`: edits images by text with FlowEdit, without and with an adapter, and lays the results side by side.
+"""`softrepa edit`: edits images by text with FlowEdit, without and with an adapter.
 
     softrepa edit --pipeline MODEL --image cat.png --source "a cat on a sofa" --target "a dog on a sofa" \
         --adapter ADAPTER --output edits
 
-One source and one target prompt serve all images, or each image has its own. `edits/cat.png` then shows the image, the
-edit of the base model and that of the adapter, from the same noise. The published adapters want less guidance than the
-base model: `--adapter_target_guidance_scale 10` against the base's 13.5.
+Give one source and one target prompt for all images, or one of each for every image. `edits/cat.png` shows the image,
+the edit with the base model and the edit with the adapter side by side, from the same noise. The published adapters
+need less guidance than the base model: `--adapter_target_guidance_scale 10` instead of 13.5.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from typing import Any
 from diffusers.utils import load_image
 
 from ..editing import flow_edit
-from ..evaluation.pictures import grid
-from ..files import whole_file
+from ..evaluation.images import grid
+from ..evaluation.writing import save_image
 from .models import PipelineOptions, placed_pipeline
 from .paths import free_path
 from .settings import needed, option, parse, show
@@ -25,33 +25,38 @@ from .settings import needed, option, parse, show
 
 @dataclass
 class EditOptions:
-    """What is edited, and how."""
+    """Options of the edit."""
 
-    image: list[str] = needed("Images: files or URLs.")
-    source: list[str] = needed("What the image shows: one text for all images, or one for each.")
-    target: list[str] = needed("What the image shall show: one text for all images, or one for each.")
+    image: list[str] = needed("Images to edit: files or URLs.")
+    source: list[str] = needed("What the image shows: one prompt for all images, or one for each.")
+    target: list[str] = needed("What the edited image should show: one prompt for all images, or one for each.")
     negative: str | None = option("Negative prompt; the pipeline's own unless given.")
     adapter: str | None = option("Adapter: a folder, a file or a Hub id; without it only the base model edits.")
     output: str = option("Folder for the results.", "edits")
-    steps: int = option("Steps of the whole path from noise to image.", 50)
-    strength: float = option("Share of the steps that run.", 0.66)
-    adapter_strength: float | None = option("Strength of the edit with the adapter; the base model's unless given.")
+    steps: int = option("Sampling steps from noise to image, of which the last ones run.", 50)
+    strength: float = option("Share of the steps that run; more changes more of the image.", 0.66)
+    adapter_strength: float | None = option(
+        "Strength of the edit with the adapter; that of the base model unless given."
+    )
     source_guidance_scale: float = option("Guidance scale of the source prompt.", 3.5)
     target_guidance_scale: float = option("Guidance scale of the target prompt.", 13.5)
     adapter_target_guidance_scale: float | None = option(
-        "Guidance scale of the target prompt with the adapter; the base model's unless given."
+        "Guidance scale of the target prompt with the adapter; that of the base model unless given."
     )
     seed: int = option("Seed of the noise, which is the same without and with the adapter.", 0)
     height: int | None = option("Height in pixels; the image's own unless given.")
     width: int | None = option("Width in pixels; the image's own unless given.")
-    max_sequence_length: int | None = option("Text tokens per prompt for T5; the pipeline's own unless given.")
+    max_sequence_length: int | None = option("Number of text tokens per prompt; the pipeline's own unless given.")
     dry_run: bool = option("Print the settings and the files that would be written, and stop.", False)
 
 
+MEANING = "Edits images by text with FlowEdit, without and with an adapter, side by side."
+OPTIONS = (PipelineOptions, EditOptions)
+
+
 def main(argv: Sequence[str]) -> list[Path]:
-    """Edits, prints the files that were written, and returns them."""
-    meaning = "Edits images by text with FlowEdit, without and with an adapter, and lays the results side by side."
-    pipeline, given = parse("edit", meaning, (PipelineOptions, EditOptions), argv)
+    """Edits the images, prints the paths of the files that were written, and returns them."""
+    pipeline, given = parse("edit", MEANING, OPTIONS, argv)
     prompts = (_one_each(given.source, given.image, "--source"), _one_each(given.target, given.image, "--target"))
     if given.dry_run:
         files = [free_path(Path(given.output) / Path(path).stem, ".png") for path in given.image]
@@ -67,12 +72,9 @@ def main(argv: Sequence[str]) -> list[Path]:
         shown = {"image": image.resize(base.size), "base": base}
         if given.adapter is not None:
             (shown["adapter"],) = _edit(pipe, given, image, source, target, adapted=True)
-        Path(given.output).mkdir(parents=True, exist_ok=True)
         written.append(free_path(Path(given.output) / Path(path).stem, ".png"))
-        with whole_file(written[-1]) as file:
-            grid([list(shown.values())], [f"{source} -> {target}"], list(shown), max_side=None).save(
-                file, format="PNG"
-            )
+        sheet = grid([list(shown.values())], [f"{source} -> {target}"], list(shown), max_side=None)
+        save_image(sheet, written[-1])
         print(written[-1])
     return written
 

@@ -3,8 +3,8 @@
     softrepa evaluate --pipeline MODEL --adapter mine=FOLDER --prompts prompts.txt --out evaluation
     accelerate launch -m diffusers_softrepa evaluate ... --metrics clip_score hps_v2.1 --seeds 0 1 2
 
-The first setting is the base model, then each adapter at each of `--weights`. The same command goes on where a killed
-one stopped.
+The settings are the base model and each adapter at each of `--weights`. Run the same command again to continue a run
+that was interrupted.
 """
 
 from collections.abc import Sequence
@@ -22,39 +22,37 @@ from .settings import needed, option, parse
 
 @dataclass
 class EvaluateOptions:
-    """What is compared, on what, and by what."""
+    """Options of the comparison."""
 
-    prompts: str = needed("COCO .json, .jsonl (GenEval), .tsv (PartiPrompts), .txt, or a data set of the Hub.")
-    out: str = needed("Folder of the images and tables.")
-    adapter: list[str] = option("Adapters as NAME=SOURCE, SOURCE being a folder or Hub id.", [])
-    weights: list[float] = option("Weights at which each adapter is drawn.", [1.0])
-    column: str | None = option("Column of the prompts, where it is not found by its name.")
+    prompts: str = needed(
+        "Prompts: a COCO .json, a .jsonl (GenEval), .tsv (PartiPrompts) or .txt file, or a data set of the Hub."
+    )
+    out: str = needed("Folder for the images and tables.")
+    adapter: list[str] = option("Adapters as NAME=SOURCE, where SOURCE is a folder or Hub id.", [])
+    weights: list[float] = option("Weights that each adapter is drawn with.", [1.0])
+    column: str | None = option("Column of the prompts; found by its name unless given.")
     split: str = option("Split of a data set.", "test")
-    limit: int | None = option("How many prompts, from the first one; all unless given.")
-    images: str | None = option("Folder of COCO's images, for lpips.")
+    limit: int | None = option("Number of prompts to take from the start; all unless given.")
     metrics: list[str] = option(f"Metrics: some of {', '.join([*IMAGE_METRICS, *SET_METRICS])}.", ["clip_score"])
     references: str | None = option(f"Folder of real images, for {', '.join(SET_METRICS)}.")
-    seeds: list[int] = option("Seeds; each prompt is drawn once for each.", [0])
-    batch_size: int = option("Images drawn at once.", 1)
+    seeds: list[int] = option("Seeds; each prompt is drawn once with each.", [0])
+    batch_size: int = option("Number of images drawn at once.", 1)
     steps: int | None = option("Sampling steps; the pipeline's own number unless given.")
     guidance: float | None = option("Guidance scale; the pipeline's own unless given.")
     size: int | None = option("Side of the square images in pixels; the pipeline's own unless given.")
-    max_sequence_length: int | None = option("Text tokens per prompt for T5; the pipeline's own unless given.")
-    allow_truncation: bool = option("Draw prompts that are longer than the pipeline reads.", False)
+    max_sequence_length: int | None = option("Number of text tokens per prompt; the pipeline's own unless given.")
+    allow_truncation: bool = option("Draw prompts that are longer than the pipeline reads, without their end.", False)
     dry_run: bool = option("Print what would be drawn, and stop.", False)
 
 
+MEANING = "Compares the base model and adapters on a set of prompts."
+OPTIONS = (PipelineOptions, EvaluateOptions)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Evaluates, and prints the table."""
-    pipeline, given = parse(
-        "evaluate",
-        "Compares the base model and adapters on a set of prompts.",
-        (PipelineOptions, EvaluateOptions),
-        argv,
-    )
-    prompts = load_prompts(
-        given.prompts, column=given.column, split=given.split, limit=given.limit, images=given.images
-    )
+    """Evaluates and prints the table of results."""
+    pipeline, given = parse("evaluate", MEANING, OPTIONS, argv)
+    prompts = load_prompts(given.prompts, column=given.column, split=given.split, limit=given.limit)
     sources = [_named(adapter) for adapter in given.adapter]
     settings: list[Any] = [None]
     settings += [name if weight == 1 else {name: weight} for name, _ in sources for weight in given.weights]
@@ -63,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         labels = [Setting(_label(setting)) for setting in settings]
         gallery = Gallery(given.out, labels, prompts, given.seeds)
         print(
-            f"{len(settings)} settings x {len(prompts)} prompts x {len(given.seeds)} seeds: {len(gallery.pictures)} "
+            f"{len(settings)} settings x {len(prompts)} prompts x {len(given.seeds)} seeds: {len(gallery.keys)} "
             f"images, of which {len(gallery.missing())} are not in {given.out} yet"
         )
         return
@@ -96,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
 def _named(adapter: str) -> tuple[str, str]:
     name, equals, source = adapter.partition("=")
     if not equals or not name or not source:
-        raise ValueError(f"an adapter is given as NAME=SOURCE, but is {adapter!r}")
+        raise ValueError(f"an adapter must be given as NAME=SOURCE, but is {adapter!r}")
     return name, source
 
 

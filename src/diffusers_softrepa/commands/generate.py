@@ -1,4 +1,4 @@
-"""`softrepa generate`: draws prompts without and with an adapter from the same noise, side by side in one PNG.
+"""`softrepa generate`: draws prompts without and with an adapter, from the same noise, as a grid in one PNG.
 
 softrepa generate --pipeline MODEL --adapter FOLDER --prompt "a red cat on a blue sofa" --out cat.png
 """
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..evaluation.pictures import grid
+from ..evaluation.images import grid
 from ..evaluation.settings import left_as_found
-from ..files import whole_file
+from ..evaluation.writing import save_image
 from .models import PipelineOptions, placed_pipeline
 from .paths import free_path
 from .settings import needed, option, parse, show
@@ -20,30 +20,29 @@ from .settings import needed, option, parse, show
 
 @dataclass
 class GenerateOptions:
-    """What is drawn."""
+    """Options of the drawing."""
 
-    prompt: list[str] = needed("Prompts; each one is a row of the image.")
+    prompt: list[str] = needed("Prompts; each is a row of the grid.")
     adapter: str | None = option("Adapter: a folder, a file or a Hub id; without it only the base model draws.")
     weight: float = option("Weight of the adapter; 0 is the base model.", 1.0)
-    out: str = option("PNG file to write; a number is added to a name that is taken.", "generated.png")
+    out: str = option("PNG file to write; a number is added to its name if the file exists.", "generated.png")
     seed: int = option("Seed of the noise, which is the same without and with the adapter.", 0)
     steps: int | None = option("Sampling steps; the pipeline's own number unless given.")
     guidance: float | None = option("Guidance scale; the pipeline's own unless given.")
     negative_prompt: str | None = option("Negative prompt; none unless given.")
     height: int | None = option("Height in pixels; the pipeline's own unless given.")
     width: int | None = option("Width in pixels; the pipeline's own unless given.")
-    max_sequence_length: int | None = option("Text tokens per prompt for T5; the pipeline's own unless given.")
+    max_sequence_length: int | None = option("Number of text tokens per prompt; the pipeline's own unless given.")
     dry_run: bool = option("Print the settings and the file that would be written, and stop.", False)
 
 
+MEANING = "Draws prompts without and with an adapter from the same noise, side by side."
+OPTIONS = (PipelineOptions, GenerateOptions)
+
+
 def main(argv: Sequence[str]) -> None:
-    """Draws, and prints the file that was written."""
-    pipeline, given = parse(
-        "generate",
-        "Draws prompts without and with an adapter from the same noise, side by side.",
-        (PipelineOptions, GenerateOptions),
-        argv,
-    )
+    """Draws the grid and prints the path of its file."""
+    pipeline, given = parse("generate", MEANING, OPTIONS, argv)
     path = free_path(given.out, ".png")
     if given.dry_run:
         print(f"{show(given)}\nwould write {path}")
@@ -61,17 +60,15 @@ def main(argv: Sequence[str]) -> None:
             rows.append(
                 [_draw(pipe, prompt, given.seed, call, adapted=bool(column)) for column in range(len(columns))]
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        grid(rows, given.prompt, columns, max_side=None).save(file, format="PNG")
+    save_image(grid(rows, given.prompt, columns, max_side=None), path)
     print(path)
 
 
 def _call(pipe: Any, given: GenerateOptions) -> dict[str, Any]:
-    """Returns what the pipeline is called with.
+    """Returns the arguments of the pipeline's call.
 
     Raises:
-        ValueError: The pipeline takes no argument of that name.
+        ValueError: An option was given for which the pipeline has no argument.
     """
     call = {
         "num_inference_steps": given.steps,

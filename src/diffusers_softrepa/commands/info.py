@@ -1,4 +1,4 @@
-"""`softrepa info`: prints what an adapter holds and what it fits.
+"""`softrepa info`: prints what an adapter contains and which denoisers it fits.
 
 softrepa info FOLDER_OR_FILE_OR_HUB_ID
 """
@@ -11,14 +11,14 @@ from typing import Any
 from ..checkpoint import load_checkpoint
 from ..families import built_in_families
 from ..hub import HubOptions
-from ..quoting import one_line
+from ..quoting import human_bytes, one_line
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the facts of one adapter."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="softrepa info",
-        description="Prints what an adapter holds and what it fits. Everything in it is checked.",
+        description="Prints what an adapter contains and which denoisers it fits. The adapter is checked.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -27,7 +27,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", metavar="TEXT", help="Hub token; the stored one unless given")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the contents of an adapter."""
+    given = parser().parse_args(argv)
     options = HubOptions(subfolder=given.subfolder, revision=given.revision, token=given.token)
     config, tensors = load_checkpoint(given.source, options=options)
     settings = {name: value for name, value in sorted(config.to_dict().items()) if value is not None}
@@ -46,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(facts, indent=1, default=str))
         return
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    print(f"{one_line(given.source)}: {config.num_parameters:,} parameters, {bytes_for_people(size)}")
-    print(f"fits: {', '.join(denoisers) or 'the denoisers of a family that this package does not bring'}")
+    print(f"{one_line(given.source)}: {config.num_parameters:,} parameters, {human_bytes(size)}")
+    print(f"fits: {', '.join(denoisers) or 'the denoisers of a family that is not built in'}")
     for name, number in numbers.items():
         shape = " x ".join(map(str, number["shape"]))
         print(
@@ -56,11 +61,3 @@ def main(argv: Sequence[str]) -> None:
         )
     for name, value in settings.items():
         print(f"{name}: {one_line(value)}")
-
-
-def bytes_for_people(count: int) -> str:
-    """Returns a number of bytes as people read it, in units of 1,000."""
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"

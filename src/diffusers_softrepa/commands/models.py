@@ -1,4 +1,4 @@
-"""The options that say which pipeline and which adapter, and how these are loaded."""
+"""The options of the pipeline, and how it is loaded."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +15,15 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 @dataclass
 class PipelineOptions:
-    """Which pipeline, and where it runs."""
+    """Options of the pipeline."""
 
     pipeline: str = needed("Pipeline to load: a Hugging Face Hub id, or a folder that save_pretrained wrote.")
     revision: str | None = option("Branch, tag or commit of the pipeline on the Hub.")
     variant: str | None = option("Variant of the pipeline's files, such as fp16.")
     dtype: Precision = option("Precision that the pipeline is loaded in.", "float32")
-    device: str | None = option("Device such as cuda or cpu; the accelerator, if there is one, unless given.")
+    device: str | None = option(
+        "Device, such as cuda or cpu; the accelerator unless given, or the CPU where there is none."
+    )
     token: str | None = option("Hub token; the stored one unless given.")
 
 
@@ -37,11 +39,11 @@ def load_pipeline(
     """Returns a pipeline that `DiffusionPipeline.from_pretrained` loads.
 
     Args:
-        source: A Hub id or a folder.
-        revision: Branch, tag or commit on the Hub.
-        variant: Variant of its files.
-        dtype: Name of a torch dtype; as the library decides unless given.
-        token: Hub token.
+        source: Hub id or folder.
+        revision: Branch, tag or commit on the Hub. Defaults to `main`.
+        variant: Variant of the files, such as `fp16`.
+        dtype: Name of a torch dtype. Defaults to that of the library.
+        token: Hub token. Defaults to the stored one.
         more: Further arguments of `from_pretrained`.
     """
     given = {"revision": revision, "variant": variant, "token": token} | more

@@ -1,4 +1,4 @@
-"""Standard output and error that no reader can break: a closed pipe, or an encoding that lacks a character."""
+"""Standard output and error that survive a closed pipe and characters that the encoding lacks."""
 
 import io
 import os
@@ -10,10 +10,10 @@ from typing import Any
 
 @contextmanager
 def survivable_output() -> Iterator[None]:
-    """Lets a command print whatever it has to, into whatever its output goes to, and end with its own exit status.
+    """Replaces standard output and error by streams to which a command can always write.
 
-    A character that the encoding of the output lacks is written as an escape such as `\\u0436`. When the reader of a
-    pipe has gone, such as `head`, what is printed from then on goes nowhere and the work goes on.
+    A character that the encoding of the output lacks is written as an escape such as `\\u0436`. After the reader of a
+    pipe, such as `head`, has closed it, further output is dropped and the command continues.
     """
     old = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Survivor(old[0]), _Survivor(old[1])
@@ -26,7 +26,7 @@ def survivable_output() -> Iterator[None]:
 
 
 class _Survivor(io.TextIOBase):
-    """A text stream in front of another one, which stays usable when that one fails."""
+    """A text stream that writes to another stream and remains usable when that one fails."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -70,5 +70,7 @@ class _Survivor(io.TextIOBase):
         except BrokenPipeError:
             with suppress(OSError, io.UnsupportedOperation):
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())  # the buffer, and the interpreter at its end, can write again
+                os.dup2(
+                    null, self._stream.fileno()
+                )  # so that flushing the buffer, also when the interpreter exits, succeeds
                 os.close(null)

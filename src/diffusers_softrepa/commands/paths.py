@@ -1,15 +1,15 @@
-"""Where a command writes an image: never over one that is there."""
+"""Paths of the images that commands write; existing files are never overwritten."""
 
 from itertools import count
 from pathlib import Path
 
 
 def free_path(path: str | Path, suffix: str) -> Path:
-    """Returns a path that no file has: the given one, or with `-1`, `-2`, ... added to its name.
+    """Returns the path of a new file: the given path, or that path with `-1`, `-2`, ... added to its name.
 
     Args:
-        path: The path; the suffix is added where it has another one.
-        suffix: Such as `.png`.
+        path: The path that is wanted.
+        suffix: Suffix such as `.png`, added to a path that does not have it.
     """
     wanted = Path(path)
     if wanted.suffix.lower() != suffix:

@@ -13,23 +13,28 @@ from ..hub import CARD_NAME, check_login, push_folder
 _FILES = ("adapter_model.safetensors", "adapter_config.json", CARD_NAME)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Uploads, and prints the address of the commit."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="softrepa push",
         description="Uploads an adapter's folder to the Hugging Face Hub. The adapter is checked first.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", help="folder of an adapter, as training or save_softrepa leave it")
-    parser.add_argument("repo_id", help="repository, such as user/my-tokens; made if there is none")
-    parser.add_argument("--private", action="store_true", help="a repository that is made now is private")
+    parser.add_argument("folder", help="folder of an adapter, as training and save_softrepa write it")
+    parser.add_argument("repo_id", help="repository, such as user/my-tokens; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--revision", metavar="TEXT", help="branch to commit to")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--commit_message", metavar="TEXT", help="message of the commit")
     parser.add_argument("--token", metavar="TEXT", help="Hub token; the stored one unless given")
     parser.add_argument("--dry_run", action="store_true", help="print what would be uploaded, and stop")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Uploads the folder and prints the URL of the commit."""
+    given = parser().parse_args(argv)
     folder = Path(given.folder).expanduser()
     load_checkpoint(folder)
     files = [name for name in _FILES if (folder / name).is_file()]

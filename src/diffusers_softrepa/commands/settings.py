@@ -1,7 +1,7 @@
-"""From a command line, and the settings file that it names, to the dataclasses of a sub-command.
+"""Parsing of a command line, and of the settings file that it names, into the dataclasses of a sub-command.
 
-Every option is a field of a dataclass, with its type, default and meaning. A YAML or JSON file holds the same names,
-and the command line goes before it.
+Every option is a field of a dataclass, with its type, default and meaning. A YAML or JSON file has the same names;
+options on the command line take precedence over it.
 """
 
 import argparse
@@ -23,11 +23,11 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def option(meaning: str, default: Any = None) -> Any:
-    """Returns a field of settings.
+    """Returns a dataclass field for an optional setting.
 
     Args:
-        meaning: What it is, for `--help`.
-        default: Its default; a list is copied for each command.
+        meaning: Text for `--help`.
+        default: Default of the setting. Defaults to None.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": meaning})
@@ -35,16 +35,16 @@ def option(meaning: str, default: Any = None) -> Any:
 
 
 def needed(meaning: str) -> Any:
-    """Returns a field of settings that must be given.
+    """Returns a dataclass field for a setting that must be given.
 
     Args:
-        meaning: What it is, for `--help`.
+        meaning: Text for `--help`.
     """
     return field(metadata={"help": meaning})
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Says behind each option whether it is needed, or what its default is; a default of None says nothing."""
+    """Adds to the help of each option that it is required, or its default unless that is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -54,10 +54,36 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """A parser whose errors are ValueErrors, without the page of usage."""
+    """A parser that raises a ValueError for a wrong command line, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the options")
+
+
+def parser_of(name: str, meaning: str, classes: Sequence[type]) -> Parser:
+    """Returns the parser of a sub-command.
+
+    Args:
+        name: Name of the sub-command.
+        meaning: What the sub-command does, for `--help`.
+        classes: Dataclasses of settings.
+    """
+    types: list[Any] = list(classes)
+    parser = Parser(
+        types,
+        prog=f"softrepa {name}",
+        description=meaning,
+        usage=f"softrepa {name} [settings.yaml | --config settings.yaml] [--option value ...]",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _show_types(parser, classes)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of options; the command line takes precedence."
+    )
+    # `run` removes this option from the command line before; it is added here so that --help lists it.
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
 
 
 def parse(
@@ -86,19 +112,7 @@ def parse(
     words = list(argv)
     if words and words[0].endswith(CONFIG_SUFFIXES):
         words = ["--config", *words]
-    types: list[Any] = list(classes)
-    parser = Parser(
-        types,
-        prog=f"softrepa {name}",
-        description=meaning,
-        usage=f"softrepa {name} [settings.yaml | --config settings.yaml] [--option value ...]",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-    )
-    _show_types(parser, classes)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; the command line goes first.")
-    # `run` takes this word off the command line before it comes here; it is named for --help alone.
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser = parser_of(name, meaning, classes)
     known = {action.dest: action for action in parser._actions}
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -108,7 +122,7 @@ def parse(
         _check_known(settings, known.keys() - {"help", "config", "debug"}, file)
         for key in settings:
             known[key].required = False
-        parser.set_defaults(**settings)  # a text is converted as if it stood on the command line
+        parser.set_defaults(**settings)  # strings are converted like those of the command line
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
@@ -118,20 +132,21 @@ def parse(
     )
     if unknown:
         raise ValueError(
-            f"the command line has {quoted(unknown[0])}, which belongs to no option; quote texts of words"
+            f"the command line has {quoted(unknown[0])}, which belongs to no option; quote texts with spaces"
         )
     return tuple(parsed)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML or JSON file; None values count as not given, and `~` is the home folder.
+    """Returns the settings in a YAML or JSON file, without those that are null; `~` is replaced by the home folder.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: It holds no mapping, or is neither YAML nor JSON.
-        OSError: There is no such file.
+        ValueError: The file does not contain a mapping, or is neither YAML nor JSON.
+        ImportError: The file is YAML and the package `pyyaml` is not installed.
+        OSError: The file does not exist.
     """
     content = path.read_bytes()
     if path.suffix == ".json":
@@ -140,24 +155,28 @@ def read_settings(path: Path) -> dict[str, Any]:
         try:
             import yaml
         except ImportError as error:
-            raise ImportError(f"{path} is YAML, which needs `pip install pyyaml`; or write it as JSON") from error
+            raise ImportError(
+                f"{path} is YAML, which needs `pip install pyyaml`; install it, or write the settings as JSON"
+            ) from error
         try:
             settings = yaml.safe_load(content.decode("utf-8-sig"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is neither YAML nor JSON: {one_line(error)}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold settings by name, such as `max_steps: 100`, but holds {quoted(settings)}")
+        raise ValueError(
+            f"{path} must contain settings by name, such as `max_steps: 100`, but contains {quoted(settings)}"
+        )
     return {name: _at_home(value) for name, value in settings.items() if value is not None}
 
 
 def _at_home(value: Any) -> Any:
-    """Returns a path with the home folder for `~`, as a shell would make it; other values as they are."""
+    """Returns a path with `~` replaced by the home folder, as a shell does; other values are returned unchanged."""
     is_path = isinstance(value, str) and (value == "~" or value.startswith("~/"))
     return os.path.expanduser(value) if is_path else value
 
 
 def _check_known(names: Collection[str], known: Collection[str], where: str) -> None:
-    """Raises for names that are no settings, with the ones that may have been meant."""
+    """Checks that all names are settings; the error suggests a similar setting."""
     unknown = [name for name in names if name not in known]
     if unknown:
         close = get_close_matches(str(unknown[0]), list(known), 1)
@@ -166,12 +185,12 @@ def _check_known(names: Collection[str], known: Collection[str], where: str) -> 
 
 
 def _show_types(parser: argparse.ArgumentParser, classes: Sequence[type]) -> None:
-    """Lets `--help` say what kind of value each option takes, and lets options of lists be empty."""
+    """Makes `--help` name the type of each option, and allows empty lists."""
     kinds = {entry.name: entry.type for cls in classes for entry in dataclasses.fields(cls)}
     for action in parser._actions:
         kind = kinds.get(action.dest)
         if action.nargs == "+" and not action.required:
-            action.nargs = "*"  # an empty list is a list
+            action.nargs = "*"  # an empty list is valid
         if kind is None or action.choices is not None or action.nargs == 0:
             continue
         text = kind.__name__ if isinstance(kind, type) else str(kind)
@@ -180,5 +199,5 @@ def _show_types(parser: argparse.ArgumentParser, classes: Sequence[type]) -> Non
 
 
 def show(settings: object) -> str:
-    """Returns settings as JSON text, one on a line, for a dry run."""
+    """Returns settings as JSON text with one on each line, for a dry run."""
     return json.dumps(dataclasses.asdict(settings), indent=1, default=str)  # type: ignore[call-overload]

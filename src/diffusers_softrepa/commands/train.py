@@ -4,8 +4,8 @@
     softrepa train settings.yaml --max_steps 100
     accelerate launch -m diffusers_softrepa train settings.yaml
 
-The options are the fields of `ContrastiveFlowMatchingArguments` and those below. With `--dry_run` it prints steps,
-parameters and memory, and trains nothing.
+The options are the fields of `ContrastiveFlowMatchingArguments` and those of the dataclasses below. With `--dry_run`
+the command prints steps, parameters and memory, and does not train.
 """
 
 from collections.abc import Sequence
@@ -28,61 +28,68 @@ from .settings import needed, option, parse
 
 @dataclass
 class ModelOptions:
-    """What to train."""
+    """Options of the pipeline and the adapter."""
 
     pretrained_model_name_or_path: str = needed("Text-to-image pipeline to train for: a Hub id or a folder.")
     revision: str | None = option("Branch, tag or commit of the pipeline on the Hub.")
     variant: str | None = option("Variant of the pipeline's files, such as fp16.")
     dtype: Precision | None = option(
-        "Precision that the pipeline is loaded in; mixed_precision says in what denoiser and text encoders train."
+        "Precision that the pipeline is loaded in; denoiser and text encoders then run in that of mixed_precision."
     )
-    adapter: str | None = option("Adapter to train on, a folder or Hub id, instead of a fresh one.")
-    num_tokens: int | None = option("Soft tokens per layer of a fresh adapter; the published number unless given.")
-    num_layers: int | None = option("How many of the first blocks that read text get tokens, in transformers.")
+    adapter: str | None = option("Adapter to continue training, a folder or Hub id; a new one unless given.")
+    num_tokens: int | None = option("Soft tokens per layer of a new adapter; the published number unless given.")
+    num_layers: int | None = option(
+        "Number of transformer blocks with tokens, from the first one; the published number unless given."
+    )
     stages: list[str] | None = field(
-        default=None, metadata={"help": "Stages whose blocks see the tokens (down, mid, up), in UNets."}
+        default=None, metadata={"help": "Stages of a UNet whose blocks get tokens: down, mid, up."}
     )
-    num_timestep_bins: int | None = option("Timestep bins of a fresh adapter; 0 for tokens that ignore the timestep.")
+    num_timestep_bins: int | None = option(
+        "Timestep bins of a new adapter; 0 for tokens that do not depend on the timestep."
+    )
     init: Literal["normal", "text"] = option(
-        "Start of fresh tokens: noise alone, or the rows of a text plus noise.", "normal"
+        "Initial tokens: noise, or the embedding of init_text plus noise.", "normal"
     )
     init_text: str = option(
-        "Text that tokens start from with init=text.", "a high quality picture that shows exactly what was asked for"
+        "Text whose embedding tokens start from with init=text.",
+        "a high quality image that shows exactly what was asked for",
     )
 
 
 @dataclass
 class DataOptions:
-    """What to learn from."""
+    """Options of the training data."""
 
     train_data: str = needed(
         "Folder of images with captions, webdataset shards, or a data set on the disk or the Hub; or several of them "
         'with weights: {"photos": 1, "paintings": 2}.'
     )
-    train_split: str = option("Split of the training data, where a data set has several.", "train")
-    eval_data: str | None = option("Held-out images with captions, in the forms of train_data.")
-    eval_split: str = option("Split of the held-out data.", "train")
-    streaming: bool = option("Read data sets of the Hub while they are downloaded, without a copy on the disk.", False)
+    train_split: str = option("Split of train_data, for a data set that has several.", "train")
+    eval_data: str | None = option("Images with captions for evaluation, in any form of train_data.")
+    eval_split: str = option("Split of eval_data.", "train")
+    streaming: bool = option("Read data sets of the Hub while they are downloaded, without storing them.", False)
+
+
+MEANING = "Trains soft tokens on your own images; `accelerate launch -m diffusers_softrepa train` on several GPUs."
+OPTIONS = (ModelOptions, DataOptions, ContrastiveFlowMatchingArguments)
 
 
 def settings(argv: Sequence[str]) -> tuple[ModelOptions, DataOptions, ContrastiveFlowMatchingArguments]:
-    """Returns the settings of a command line and of the file that it names.
+    """Returns the settings of a command line and of the settings file that it names.
 
     Raises:
         ValueError: A setting is unknown, missing or out of range, or the file is not YAML or JSON.
         OSError: There is no such file.
     """
-    classes = (ModelOptions, DataOptions, ContrastiveFlowMatchingArguments)
-    meaning = "Trains soft tokens on your own images; `accelerate launch -m diffusers_softrepa train` on several GPUs."
-    model, data, args = parse("train", meaning, classes, argv, renamed=with_new_names)
+    model, data, args = parse("train", MEANING, OPTIONS, argv, renamed=with_new_names)
     return model, data, args
 
 
 def put_adapter(pipeline: Any, model: ModelOptions, args: ContrastiveFlowMatchingArguments) -> None:
-    """Gives the pipeline the adapter to train: a fresh one, or the one that is to be trained on.
+    """Adds a new adapter to the pipeline, or loads the one whose training continues.
 
     Raises:
-        ValueError: The shape of an adapter that is there was given, or a fresh one does not fit the denoiser.
+        ValueError: Options of a new adapter were given for an existing one, or a new one does not fit the denoiser.
     """
     shape: dict[str, Any] = {"num_tokens": model.num_tokens, "num_layers": model.num_layers, "stages": model.stages}
     shape = {name: value for name, value in shape.items() if value is not None}
@@ -92,7 +99,7 @@ def put_adapter(pipeline: Any, model: ModelOptions, args: ContrastiveFlowMatchin
         shape["init"] = "text"
     if model.adapter is not None:
         if shape:
-            raise ValueError(f"adapter={model.adapter} brings its own shape; leave out {', '.join(shape)}")
+            raise ValueError(f"adapter={model.adapter} already has its shape; leave out {', '.join(shape)}")
         load_softrepa(pipeline, model.adapter, is_trainable=True, token=args.hub_token)
         return
     conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
@@ -104,7 +111,7 @@ def put_adapter(pipeline: Any, model: ModelOptions, args: ContrastiveFlowMatchin
 
 
 def _opened(source: str | None, split: str, streaming: bool, args: ContrastiveFlowMatchingArguments) -> Any:
-    """Returns a source for the trainer: as it is where its split is the usual one, else opened."""
+    """Returns a data source for the trainer, opened here if another split or streaming is asked for."""
     if source is None or (split == "train" and not streaming):
         return source
     return open_examples(
@@ -118,7 +125,7 @@ def _opened(source: str | None, split: str, streaming: bool, args: ContrastiveFl
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, and says where the result is."""
+    """Trains and prints where the adapter is."""
     model, data, args = settings(argv)
     train_data, eval_data = check_run(  # before a model is loaded
         args,
@@ -140,15 +147,15 @@ def main(argv: Sequence[str]) -> None:
     if not result.finished:
         checkpoint = Checkpoints(args.output_dir).latest()
         trainer.accelerator.print(
-            f"\nStopped after step {result.step}; everything is in {checkpoint}. Go on from there with\n"
+            f"\nStopped after step {result.step} and saved {checkpoint}. Continue from there with\n"
             f"    --resume_from_checkpoint latest"
         )
         return
     best = ""
     if trainer.state.best_global_step:
-        best = f" The best one by held-out {args.metric_for_best_model} is in {args.output_dir}/best."
+        best = f" The one with the best {args.metric_for_best_model} is in {args.output_dir}/best."
     trainer.accelerator.print(
-        f"\nThe adapter is in {args.output_dir}; README.md there shows how it learned.{best} Use it with\n"
+        f"\nThe adapter is in {args.output_dir}; README.md describes the training.{best} Use it with\n"
         f"    import diffusers_softrepa\n"
         f"    pipe.load_softrepa({args.output_dir!r})"
     )

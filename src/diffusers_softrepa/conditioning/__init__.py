@@ -6,8 +6,8 @@ To train another pipeline class, write a `Conditioner` for it and name it in `_C
 import inspect
 from typing import Any
 
+from ..denoisers import denoiser_of
 from ..families import family_of
-from ..pipeline import denoiser_of
 from .base import Conditioner
 from .chroma import ChromaConditioner
 from .conditions import Conditions, concatenate, take

@@ -19,9 +19,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from ..compat import get_module_execution_device
+from ..denoisers import denoiser_of
 from ..families import family_of
 from ..noising import Noising
-from ..pipeline import denoiser_of
 from .conditions import Conditions
 from .latents import denormalised, normalised, vae_latents, vae_pixels
 

@@ -1,6 +1,6 @@
-"""Editing images by text, with soft tokens or without: FlowEdit, and inversion with re-generation.
+"""Editing of images by text, with or without soft tokens: FlowEdit, and inversion followed by regeneration.
 
-The pipeline is used and left as it was: its scheduler is read, never set.
+The pipeline is left as it was; its scheduler is copied, never changed.
 """
 
 from .flow import flow_edit

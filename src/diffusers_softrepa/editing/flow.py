@@ -1,17 +1,18 @@
-"""FlowEdit: from a source image to one of the target prompt, without inversion, for flow-matching denoisers.
+"""FlowEdit: edits an image from a source prompt to a target prompt, without inversion, for flow-matching denoisers.
 
-With source latents x0, noise level s, the denoiser's guided velocity v(x, s, prompt), and d = 0 at the start, every
-step from s to the next lower s' draws noise n and moves d by the difference of two velocities:
+Let x0 be the source latents, v(x, s, prompt) the guided velocity of the denoiser at noise level s, and d = 0. Every
+step from s to the next lower level s' draws noise n and moves d by the difference of two velocities:
 
     x_source = (1 - s) x0 + s n
     x_target = x_source + d
     d       <- d + (s' - s) (v(x_target, s, target prompt) - v(x_source, s, source prompt))
 
-averaged over `num_averages` draws of n. The edited latents are x0 + d. Only the last steps run, the share `strength`
-of them, so the image's coarse layout stays. Where both prompts and both guidances agree, d stays exactly 0.
+averaged over `num_averages` draws of n. The edited latents are x0 + d. Only the last steps run, a share `strength` of
+all, so that the coarse layout of the image is kept. If both prompts and both guidance scales are equal, d stays
+exactly 0.
 
-Guidance is diffusers': v_u + g (v_c - v_u). SoftREPA's released editing code writes its target branch
-v_c + g (v_c - v_u), so a 9 there is a 10 here.
+Guidance is that of diffusers: v_u + g (v_c - v_u). SoftREPA's released editing code uses v_c + g (v_c - v_u) under the
+target prompt, so a scale of 9 there is a scale of 10 here.
 
 Source: FlowEdit, arXiv 2412.08629, algorithm 1 with n_min = 0; its n_max is `strength` times the number of steps.
 """
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .guidance import conditioner_for, guided, negative_texts
-from .images import Images, OutputType, check_output_type, read_images, show
+from .images import Images, OutputType, check_output_type, read_images, to_output
 from .levels import Step, sampling_steps
 from .request import Seed, batch_size, generators, noise_like, steps_to_run, texts
 
@@ -51,37 +52,44 @@ def flow_edit(
     max_sequence_length: int | None = None,
     output_type: OutputType = "pil",
 ) -> Any:
-    """Edits images from what the source prompt says to what the target prompt says.
+    """Edits images from what the source prompt describes to what the target prompt describes.
 
-    One image may be edited by several prompts, several images by one prompt, or each by its own.
+    One image can be edited by several prompts, several images by one prompt, or each image by its own prompt.
 
     Args:
-        pipe: A text-to-image pipeline whose denoiser learned flow matching. Its active soft tokens take part.
-        image: PIL images, arrays (H, W, 3) or tensors (3, H, W) of numbers in [0, 1], one or a list or a batch.
-        source_prompt: What the image shows.
-        target_prompt: What the edited image shall show.
-        negative_prompt: Of both; what the pipeline takes when it is given none unless given.
-        num_inference_steps: Steps from pure noise to image, of which the last ones run.
-        strength: Share of the steps that run, in (0, 1]; more changes more.
-        source_guidance_scale: g of the source prompt.
-        target_guidance_scale: g of the target prompt; more changes more.
-        num_averages: Draws of noise per step.
-        generator: A number seeds a generator for each image, so that a picture does not depend on the others of its
-            batch; a generator draws for the whole batch; a list has one per image.
-        adapter_scope: Where active soft tokens take part: under both prompts, under the target prompt only, or
-            nowhere.
-        height: In pixels; images are resized to it. Theirs, rounded down to what the denoiser takes, unless given.
-        width: Likewise.
-        max_sequence_length: Text tokens per prompt where the family leaves a choice; None for the published number.
-        output_type: "pil", "pt", "np" or "latent".
+        pipe: A text-to-image pipeline whose denoiser was trained by flow matching. Its active soft-token adapters are
+            used.
+        image: Images as PIL images, arrays (H, W, 3) or tensors (3, H, W) with values in [0, 1]: one, a list or a
+            batch.
+        source_prompt: Prompt that describes the image.
+        target_prompt: Prompt that describes the edited image.
+        negative_prompt: Negative prompt of both. Defaults to the pipeline's default.
+        num_inference_steps: Number of sampling steps from pure noise to image, of which the last ones run. Defaults to
+            50.
+        strength: Share of the steps that run, in (0, 1]. A higher share changes more of the image. Defaults to 0.66.
+        source_guidance_scale: Guidance scale under the source prompt. Defaults to 3.5.
+        target_guidance_scale: Guidance scale under the target prompt. A higher scale changes more of the image.
+            Defaults to 13.5.
+        num_averages: Number of noise draws per step. Defaults to 1.
+        generator: A seed, a generator or a list with a generator for each image. A seed makes a generator for each
+            image, so that an image does not depend on the others in its batch. Defaults to unseeded noise.
+        adapter_scope: Where the active soft-token adapters are used: under "both" prompts, under the "target" prompt
+            only, or under "none". Defaults to "both".
+        height: Height in pixels that images are resized to. Defaults to that of the images, rounded down to a multiple
+            that the denoiser takes.
+        width: Width in pixels that images are resized to. Defaults to that of the images, rounded down to a multiple
+            that the denoiser takes.
+        max_sequence_length: Number of text tokens per prompt, for families with a choice. Defaults to the published
+            number.
+        output_type: "pil", "pt", "np" or "latent". Defaults to "pil".
 
     Returns:
-        The pictures: a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) in [0, 1], or latents
-        (n, C, h, w) float32.
+        The edited images: a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) with values in [0, 1], or
+        latents (n, C, h, w) float32.
 
     Raises:
-        ValueError: The denoiser did not learn flow matching or has no conditioner, numbers of images and prompts do
-            not go together, or a setting is out of range. Nothing has been touched then.
+        ValueError: The denoiser was not trained by flow matching, its family has no conditioner, the numbers of images
+            and prompts do not match, or a setting is out of range.
         TypeError: Images or prompts are of a wrong type.
     """
     running = steps_to_run(num_inference_steps, strength)
@@ -89,7 +97,7 @@ def flow_edit(
     source, target = (conditioner_for(pipe, scale, max_sequence_length) for scale in scales)
     if source.noising.prediction != "flow":
         raise ValueError(
-            f"flow_edit needs a denoiser that learned flow matching, but that of this {type(pipe).__name__} predicts "
+            f"flow_edit needs a denoiser trained by flow matching, but that of this {type(pipe).__name__} predicts "
             f"{source.noising.prediction}; use invert and regenerate"
         )
     if adapter_scope not in get_args(AdapterScope):
@@ -117,9 +125,9 @@ def flow_edit(
         noise=noise_like(latents, drawing),
         num_averages=num_averages,
     )
-    pictures = show(source, edited, output_type)
+    images = to_output(source, edited, output_type)
     pipe.maybe_free_model_hooks()
-    return pictures
+    return images
 
 
 def edit_latents(
@@ -134,15 +142,17 @@ def edit_latents(
     """Edits latents x0 by the steps of a flow-matching schedule.
 
     Args:
-        latents: x0, (n, C, h, w) float32.
-        steps: Those that run, from noise to image.
-        source: From noisy latents (n, C, h, w) and a scalar timestep to the guided velocity under the source prompts.
-        target: The same under the target prompts.
-        noise: Draws n, (n, C, h, w) or (1, C, h, w), `num_averages` of them per step.
-        num_averages: Draws per step.
+        latents: Source latents x0, (n, C, h, w) float32.
+        steps: The steps that run, from noise to image.
+        source: Function from noisy latents (n, C, h, w) and a scalar timestep to the guided velocity under the source
+            prompts.
+        target: Function from noisy latents (n, C, h, w) and a scalar timestep to the guided velocity under the target
+            prompts.
+        noise: Iterator over draws of noise, (n, C, h, w) or (1, C, h, w), of which each step takes `num_averages`.
+        num_averages: Number of draws per step. Defaults to 1.
 
     Returns:
-        Edited latents, (n, C, h, w) float32.
+        Edited latents x0 + d, (n, C, h, w) float32.
     """
     difference = torch.zeros_like(latents)
     for step in steps:

@@ -1,7 +1,7 @@
-"""The denoiser's prediction under prompts, guided: p = p_u + g (p_c - p_u), and g = 1 is no guidance.
+"""The guided prediction of a denoiser: p = p_u + g (p_c - p_u), where g = 1 is no guidance.
 
-p_c is predicted under the prompt and p_u under the negative one, in one call. A guidance-distilled denoiser (FLUX.1
-dev) is told g instead and called under the prompt alone.
+p_c is the prediction under the prompt and p_u the one under the negative prompt; one call computes both. A
+guidance-distilled denoiser (FLUX.1 dev) takes g as an input instead and is called with the prompt alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .request import texts
 @final
 @dataclass(frozen=True, eq=False)
 class Guided:
-    """A denoiser under one prompt per row.
+    """A denoiser with one prompt for each row of a batch.
 
     Attributes:
-        conditioner: Calls it.
-        conditions: Of the prompts, n rows; with guidance by a second branch 2n, those of the negative prompts first.
-        guidance_scale: g of the second branch; None where there is none.
-        adapted: Whether the active adapters take part.
+        conditioner: Conditioner that calls the denoiser.
+        conditions: Encoded prompts, n rows; with a second branch for guidance 2n rows, the negative prompts first.
+        guidance_scale: Guidance scale g of the second branch; None without a second branch. Defaults to None.
+        adapted: Whether the active adapters are used. Defaults to True.
     """
 
     conditioner: Conditioner
@@ -39,7 +39,7 @@ class Guided:
 
     @property
     def rows(self) -> int:
-        """Number of rows n that it predicts."""
+        """Number of rows n of a prediction."""
         return _num_rows(self.conditions) // self._branches
 
     @property
@@ -47,7 +47,7 @@ class Guided:
         return 1 if self.guidance_scale is None else 2
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Returns the guided prediction for noisy latents (n, C, h, w) at one timestep: (n, C, h, w) float32."""
+        """Returns the guided prediction, (n, C, h, w) float32, for noisy latents (n, C, h, w) at one timestep."""
         branches = self._branches
         with nullcontext() if self.adapted else softrepa_disabled(self.conditioner.denoiser):
             predicted = self.conditioner.predict(
@@ -60,21 +60,21 @@ class Guided:
 
 
 def conditioner_for(pipeline: Any, guidance_scale: float, max_sequence_length: int | None) -> Conditioner:
-    """Returns the pipeline's conditioner; a guidance-distilled denoiser will be told the scale.
+    """Returns the pipeline's conditioner, which passes the guidance scale to a guidance-distilled denoiser.
 
     Raises:
-        ValueError: See `conditioner_of`; or the scale is not positive.
+        ValueError: The denoiser's family has no conditioner, or the scale is not positive.
     """
     conditioner = conditioner_of(pipeline, max_sequence_length=max_sequence_length)
     if not 0 < guidance_scale < math.inf:
-        raise ValueError(f"guidance scales must be positive, and 1.0 is none, but got {guidance_scale}")
+        raise ValueError(f"guidance scales must be positive, where 1.0 is no guidance, but one is {guidance_scale}")
     if not is_distilled(conditioner):
         return conditioner
     return conditioner_of(pipeline, max_sequence_length=max_sequence_length, guidance_scale=guidance_scale)
 
 
 def is_distilled(conditioner: Conditioner) -> bool:
-    """Whether the denoiser is told its guidance scale."""
+    """Whether the denoiser takes its guidance scale as an input."""
     denoiser: Any = conditioner.denoiser
     return bool(denoiser.config.get("guidance_embeds"))
 
@@ -88,15 +88,15 @@ def guided(
     batch: int,
     adapted: bool = True,
 ) -> Guided:
-    """Encodes prompts and returns the denoiser under them.
+    """Encodes prompts and returns the denoiser with them.
 
     Args:
-        conditioner: Of `conditioner_for`.
-        prompts: One for all rows, or one per row.
-        negative_prompts: Likewise; None for what the pipeline takes when it is given none.
-        guidance_scale: g.
+        conditioner: Conditioner that `conditioner_for` returned.
+        prompts: One prompt for all rows, or one for each row.
+        negative_prompts: One negative prompt for all rows, or one for each row; None for the pipeline's default.
+        guidance_scale: Guidance scale g.
         batch: Number of rows n.
-        adapted: Whether the active adapters take part.
+        adapted: Whether the active adapters are used. Defaults to True.
     """
     conditions = _rows(conditioner.encode_captions(prompts), batch)
     if guidance_scale == 1 or is_distilled(conditioner):
@@ -106,24 +106,24 @@ def guided(
 
 
 def negative_texts(conditioner: Conditioner, negative_prompt: Any) -> list[str] | None:
-    """Returns negative prompts as a list, None for None.
+    """Returns negative prompts as a list; None for None.
 
     Raises:
-        ValueError: There are some, but the denoiser has no branch for them.
-        TypeError: They are no strings.
+        ValueError: Negative prompts were given to a guidance-distilled denoiser.
+        TypeError: A negative prompt is not a string.
     """
     if negative_prompt is None:
         return None
     if is_distilled(conditioner):
         raise ValueError(
-            f"{type(conditioner.denoiser).__name__} is told its guidance scale and reads no negative prompt; leave "
+            f"{type(conditioner.denoiser).__name__} is guidance-distilled and takes no negative prompt; leave "
             "negative_prompt out"
         )
     return texts("negative_prompt", negative_prompt)
 
 
 def _rows(conditions: Conditions, batch: int) -> Conditions:
-    """Repeats conditions of one caption; those of `batch` captions are returned as they are."""
+    """Repeats the conditions of one caption for all rows; those of `batch` captions are returned unchanged."""
     return conditions if _num_rows(conditions) == batch else take(conditions, torch.zeros(batch, dtype=torch.int64))
 
 

@@ -1,15 +1,15 @@
-"""Inversion: the noise from which a pipeline would draw an image, and drawing from it under another prompt.
+"""Inversion: the noise from which a pipeline would draw an image, and drawing from that noise under another prompt.
 
-A deterministic step goes from x at a noisier level to x' = a x + b p(x) at a cleaner one, with the prediction p made
-at x (see `levels`). Inversion goes the other way, where x is not known yet. It solves
+A deterministic sampling step computes x' = a x + b p(x) at the next lower noise level from x and the prediction p(x)
+(see `levels`). Inversion computes x from x', where p(x) is not known. It solves
 
     x = (x' - b p(x)) / a
 
-by repeated substitution, starting with x = x'. One substitution is what is called DDIM inversion, and Euler inversion
-for flow matching: its error falls with the number of steps. With more it falls faster than that, until the round trip
-is exact, at the price of one more denoiser call each.
+by fixed-point iteration from x = x'. A single substitution is DDIM inversion, or Euler inversion for flow matching;
+its error falls with the number of steps. Each further substitution costs one denoiser call per step and reduces the
+error, until the round trip is exact.
 
-Source: DDIM inversion, arXiv 2105.05233, appendix F; repeated substitution, arXiv 2309.04907.
+Source: DDIM inversion, arXiv 2105.05233, appendix F; fixed-point iteration, arXiv 2309.04907.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..conditioning import Conditioner
 from ..noising import Prediction
 from .guidance import Guided, conditioner_for, guided, negative_texts
-from .images import Images, OutputType, check_output_type, read_images, show
+from .images import Images, OutputType, check_output_type, read_images, to_output
 from .levels import Step, sampling_steps
 from .request import batch_size, steps_to_run, texts
 
@@ -43,23 +43,28 @@ def invert(
     """Returns the noise from which `regenerate` draws the images again, under the same prompt and guidance.
 
     Args:
-        pipe: A text-to-image pipeline that the trainer knows. Its active soft tokens take part.
-        image: PIL images, arrays (H, W, 3) or tensors (3, H, W) of numbers in [0, 1], one or a list or a batch.
-        prompt: What the image shows, one for all or one per image.
-        negative_prompt: What the pipeline takes when it is given none unless given.
-        num_inference_steps: Steps from image to noise.
-        guidance_scale: 1.0 is none; inversion under strong guidance needs many steps or substitutions.
-        num_substitutions: Denoiser calls per step.
-        height: In pixels; images are resized to it. Theirs, rounded down to what the denoiser takes, unless given.
-        width: Likewise.
-        max_sequence_length: Text tokens per prompt where the family leaves a choice; None for the published number.
+        pipe: A text-to-image pipeline of a family that can be trained. Its active soft-token adapters are used.
+        image: Images as PIL images, arrays (H, W, 3) or tensors (3, H, W) with values in [0, 1]: one, a list or a
+            batch.
+        prompt: Prompt that describes the image, one for all images or one for each.
+        negative_prompt: Negative prompt. Defaults to the pipeline's default.
+        num_inference_steps: Number of steps from image to noise. Defaults to 50.
+        guidance_scale: Guidance scale, where 1.0 is no guidance. Inversion with a high scale needs many steps or
+            substitutions. Defaults to 1.0.
+        num_substitutions: Number of denoiser calls per step. Defaults to 1.
+        height: Height in pixels that images are resized to. Defaults to that of the images, rounded down to a multiple
+            that the denoiser takes.
+        width: Width in pixels that images are resized to. Defaults to that of the images, rounded down to a multiple
+            that the denoiser takes.
+        max_sequence_length: Number of text tokens per prompt, for families with a choice. Defaults to the published
+            number.
 
     Returns:
-        Noise latents (n, C, h, w) float32. Pipelines of UNets and SD3 take them as `latents=`, too.
+        Noise latents (n, C, h, w) float32. Pipelines with a UNet and those of SD3 also take them as `latents`.
 
     Raises:
-        ValueError: The pipeline has no conditioner, numbers of images and prompts do not go together, or a setting is
-            out of range. Nothing has been touched then.
+        ValueError: The denoiser's family has no conditioner, the numbers of images and prompts do not match, or a
+            setting is out of range.
         TypeError: Images or prompts are of a wrong type.
     """
     steps_to_run(num_inference_steps, 1.0)
@@ -88,32 +93,35 @@ def regenerate(
     max_sequence_length: int | None = None,
     output_type: OutputType = "pil",
 ) -> Any:
-    """Draws images from noise, by DDIM or Euler steps, the inverse of those of `invert`.
+    """Draws images from noise with DDIM or Euler steps, the inverse of the steps of `invert`.
 
     Args:
-        pipe: The pipeline. Its active soft tokens take part.
-        latents: Noise, (n, C, h, w), of `invert`.
-        prompt: What the images shall show, one for all or one per image.
-        negative_prompt: What the pipeline takes when it is given none unless given.
-        num_inference_steps: Steps from noise to image; as many as in `invert`.
-        guidance_scale: 1.0 is none.
-        max_sequence_length: Text tokens per prompt where the family leaves a choice; None for the published number.
-        output_type: "pil", "pt", "np" or "latent".
+        pipe: The text-to-image pipeline that was given to `invert`. Its active soft-token adapters are used.
+        latents: Noise latents that `invert` returned, (n, C, h, w).
+        prompt: Prompt that describes the images to draw, one for all images or one for each.
+        negative_prompt: Negative prompt. Defaults to the pipeline's default.
+        num_inference_steps: Number of steps from noise to image, the same as in `invert`. Defaults to 50.
+        guidance_scale: Guidance scale, where 1.0 is no guidance. Defaults to 1.0.
+        max_sequence_length: Number of text tokens per prompt, for families with a choice. Defaults to the published
+            number.
+        output_type: "pil", "pt", "np" or "latent". Defaults to "pil".
 
     Returns:
-        The pictures: a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) in [0, 1], or latents
+        The images: a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) with values in [0, 1], or latents
         (n, C, h, w) float32.
 
     Raises:
-        ValueError: The pipeline has no conditioner, numbers of latents and prompts do not go together, or a setting is
-            out of range.
+        ValueError: The denoiser's family has no conditioner, the numbers of latents and prompts do not match, or a
+            setting is out of range.
         TypeError: Prompts are of a wrong type.
     """
     steps_to_run(num_inference_steps, 1.0)
     check_output_type(output_type)
     conditioner = conditioner_for(pipe, guidance_scale, max_sequence_length)
     if latents.ndim != 4:
-        raise ValueError(f"latents must be (n, C, h, w) as of invert, but are of shape {tuple(latents.shape)}")
+        raise ValueError(
+            f"latents must have the shape (n, C, h, w), as invert returns them, but have {tuple(latents.shape)}"
+        )
     height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
     steps = sampling_steps(conditioner, num_inference_steps, height, width)
     predict = _under(conditioner, prompt, negative_prompt, guidance_scale, images=len(latents))
@@ -121,9 +129,9 @@ def regenerate(
     for step in pipe.progress_bar(steps):
         a, b = step.factors(conditioner.noising.prediction)
         latents = a * latents + b * predict(latents, step.timestep)
-    pictures = show(conditioner, latents, output_type)
+    images = to_output(conditioner, latents, output_type)
     pipe.maybe_free_model_hooks()
-    return pictures
+    return images
 
 
 def step_back(
@@ -133,14 +141,17 @@ def step_back(
     prediction: Prediction,
     num_substitutions: int,
 ) -> Tensor:
-    """Goes one step from the cleaner level to the noisier one: latents (n, C, h, w) float32 in and out.
+    """Undoes one sampling step.
 
     Args:
-        latents: x', at the cleaner level.
+        latents: Latents x' at the lower noise level, (n, C, h, w) float32.
         step: The step to undo.
-        predict: From noisy latents and a scalar timestep to the prediction.
-        prediction: What is predicted.
-        num_substitutions: How often the equation of the step is used.
+        predict: Function from noisy latents and a scalar timestep to the prediction.
+        prediction: What the denoiser predicts.
+        num_substitutions: Number of fixed-point iterations.
+
+    Returns:
+        Latents x at the higher noise level, (n, C, h, w) float32.
     """
     a, b = step.factors(prediction)
     noisier = latents
@@ -152,7 +163,7 @@ def step_back(
 def _under(
     conditioner: Conditioner, prompt: Any, negative_prompt: Any, guidance_scale: float, *, images: int
 ) -> Guided:
-    """Returns the denoiser under the prompts, one row for each picture asked for."""
+    """Returns the denoiser with the prompts, one row for each image."""
     prompts = texts("prompt", prompt)
     negatives = negative_texts(conditioner, negative_prompt)
     batch = batch_size(**{"images": images, "prompts": len(prompts), "negative prompts": len(negatives or [""])})

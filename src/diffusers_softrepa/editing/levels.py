@@ -1,13 +1,13 @@
-"""Noise levels of a sampling loop, and the deterministic step from one to the next, both ways.
+"""Noise levels of a sampling loop, and the deterministic step from one level to the next and back.
 
-At a level with signal s and noise n the noisy latents are x = s x0 + n e. A prediction p there names an x0 and an e:
+At a level with signal s and noise n the noisy latents are x = s x0 + n e. A prediction p determines x0 and e:
 
     flow             x0 = x - n p          e = x + s p       (s + n = 1)
     epsilon          x0 = (x - n p) / s    e = p
     v_prediction     x0 = s x - n p        e = n x + s p     (s^2 + n^2 = 1)
 
-and the step to the level (s', n') puts both together again: x' = s' x0 + n' e. That is Euler's step for flow matching
-and DDIM's for the others. It is linear, x' = a x + b p, so it can be undone where p is known: x = (x' - b p) / a.
+and the step to the level (s', n') combines them again: x' = s' x0 + n' e. This is the Euler step for flow matching and
+the DDIM step otherwise. It is linear, x' = a x + b p, and is undone by x = (x' - b p) / a if p is known.
 
 Source: DDIM, arXiv 2010.02502, equation 12 with sigma 0; Progressive Distillation, arXiv 2202.00512, for v.
 """
@@ -27,7 +27,7 @@ from ..noising import NUM_TRAIN_TIMESTEPS, Prediction
 
 
 class Level(NamedTuple):
-    """Factors of the signal and of the noise, scalar float32 tensors."""
+    """A noise level: the factors of the signal and of the noise, scalar float32 tensors."""
 
     signal: Tensor
     noise: Tensor
@@ -39,9 +39,9 @@ class Step:
     """One step of a sampling loop.
 
     Attributes:
-        timestep: What the denoiser is told at `at`, a scalar tensor in 0..1000.
-        at: The noisier level.
-        to: The cleaner level.
+        timestep: Timestep that is passed to the denoiser, a scalar tensor in 0..1000.
+        at: The level that the step starts from, the higher one.
+        to: The level that the step leads to, the lower one.
     """
 
     timestep: Tensor
@@ -59,17 +59,17 @@ class Step:
 
 
 def sampling_steps(conditioner: Conditioner, num_inference_steps: int, height: int, width: int) -> list[Step]:
-    """Returns the steps of the pipeline's sampling, from noise to image.
+    """Returns the sampling steps of a pipeline, from noise to image.
 
     Args:
-        conditioner: Of the pipeline. With flow matching its scheduler says where the levels are, shift included;
-            otherwise they are DDIM's, whatever the sampler.
-        num_inference_steps: How many.
-        height: Of the images, in pixels.
-        width: Likewise.
+        conditioner: Conditioner of the pipeline. For flow matching the levels are those of the pipeline's scheduler,
+            with its shift; otherwise they are those of DDIM for any scheduler.
+        num_inference_steps: Number of steps.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Raises:
-        ValueError: The scheduler repeats levels, as those of second order do.
+        ValueError: The scheduler repeats levels, as second-order schedulers do.
     """
     pipeline: Any = conditioner.pipeline
     if conditioner.noising.prediction != "flow":
@@ -79,8 +79,8 @@ def sampling_steps(conditioner: Conditioner, num_inference_steps: int, height: i
     sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float32, device="cpu")
     if len(sigmas) != num_inference_steps + 1 or not bool((sigmas.diff() < 0).all()):
         raise ValueError(
-            f"editing needs noise levels that fall from step to step, but {type(scheduler).__name__} makes "
-            f"{[round(sigma, 3) for sigma in sigmas.tolist()]} of {num_inference_steps} steps; give the pipeline a "
+            f"editing needs noise levels that decrease with every step, but {type(scheduler).__name__} makes "
+            f"{[round(sigma, 3) for sigma in sigmas.tolist()]} for {num_inference_steps} steps; give the pipeline a "
             "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
         )
     return _steps(NUM_TRAIN_TIMESTEPS * sigmas[:-1], 1 - sigmas, sigmas)

@@ -1,4 +1,4 @@
-"""What a caller asked for, checked before anything is touched."""
+"""Checks of the arguments of the editing functions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,28 +21,28 @@ def texts(name: str, given: Any) -> list[str]:
     if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
         raise TypeError(f"{name} must be a string or a list of strings, but is {given!r}")
     if not listed:
-        raise ValueError(f"{name} must be at least one, but the list is empty")
+        raise ValueError(f"{name} must contain at least one prompt, but the list is empty")
     return list(listed)
 
 
 def batch_size(**counts: int) -> int:
-    """Returns how many edits are asked for: everything comes once, for all of them, or once for each.
+    """Returns the number of images to make, given the number of each argument: 1 for all images, or one for each.
 
     Raises:
-        ValueError: The numbers do not go together.
+        ValueError: The numbers do not match.
     """
     batch = max(counts.values())
     if any(count not in (1, batch) for count in counts.values()):
         given = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise ValueError(f"each must be one for all or one for each of the same number, but there are {given}")
+        raise ValueError(f"the number of each must be 1 or the number of the others, but there are {given}")
     return batch
 
 
 def steps_to_run(num_inference_steps: int, strength: float) -> int:
-    """Returns how many of the steps run, the last ones: diffusers' meaning of `strength`.
+    """Returns how many of the last steps run; `strength` is the share of steps that run, as in diffusers.
 
     Raises:
-        ValueError: None would run, or strength is above 1.
+        ValueError: No step would run, or strength is not in (0, 1].
     """
     if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be a positive integer but got {num_inference_steps!r}")
@@ -56,10 +56,10 @@ def steps_to_run(num_inference_steps: int, strength: float) -> int:
 
 
 def generators(seed: Seed, batch: int) -> Generator | list[Generator] | None:
-    """Returns what draws the noise: of a number, one generator per image, so that images do not depend on the batch.
+    """Returns the generator or generators of the noise. A seed makes one for each image.
 
     Raises:
-        ValueError: There are several generators, and not one per image.
+        ValueError: The number of generators is not the number of images.
     """
     if isinstance(seed, int):
         return [Generator().manual_seed(seed) for _ in range(batch)]
@@ -67,12 +67,13 @@ def generators(seed: Seed, batch: int) -> Generator | list[Generator] | None:
         return seed
     if len(seed) != batch:
         raise ValueError(
-            f"generator must be a number, one generator, or one per image: {len(seed)} for {batch} images"
+            f"generator must be a seed, a generator, or a list of one for each image, but there are {len(seed)} for "
+            f"{batch} images"
         )
     return list(seed)
 
 
 def noise_like(latents: Tensor, generator: Generator | list[Generator] | None) -> Iterator[Tensor]:
-    """Draws standard normal noise, (n, C, h, w) float32, without end."""
+    """Yields draws of standard normal noise, (n, C, h, w) float32, without end."""
     while True:
         yield randn_tensor(latents.shape, generator, latents.device, torch.float32)

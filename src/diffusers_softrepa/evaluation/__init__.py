@@ -1,10 +1,9 @@
-"""Measure adapters: draw prompts in several settings, score the pictures, compare."""
+"""Evaluation of adapters: draw prompts in several settings, score the images, and compare the scores."""
 
 from .metrics import (
     CMMD,
     FDCLIP,
     IMAGE_METRICS,
-    LPIPS,
     SET_METRICS,
     BoxDetector,
     CLIPScore,
@@ -15,7 +14,6 @@ from .metrics import (
     GenEval,
     HPSv2,
     ImageMetric,
-    ImageReward,
     Mask2FormerDetector,
     Metric,
     PickScore,
@@ -33,7 +31,6 @@ __all__ = [
     "CMMD",
     "FDCLIP",
     "IMAGE_METRICS",
-    "LPIPS",
     "SET_METRICS",
     "BoxDetector",
     "CLIPScore",
@@ -45,7 +42,6 @@ __all__ = [
     "GenEval",
     "HPSv2",
     "ImageMetric",
-    "ImageReward",
     "Mask2FormerDetector",
     "Metric",
     "PickScore",

@@ -1,42 +1,43 @@
-"""The pictures of an evaluation on disk: which there are to be, which are there, and what they were drawn with.
+"""The images of an evaluation on disk: which are asked for, which are there, and what they were drawn with.
 
-    output_dir/manifest.json                    what they were drawn with, and a line for each picture
-    output_dir/images/SETTING/PROMPT-SEED.png   a picture; whole or not there at all, with what it was drawn with
+    output_dir/manifest.json                    what the images were drawn with, and an entry for each image
+    output_dir/images/SETTING/PROMPT-SEED.png   an image, with what it was drawn with; written whole or not at all
 
-A picture's noise comes from `generator_seed(prompt id, seed)`: the same in every setting, another for each prompt.
+The noise of an image comes from `generator_seed(prompt id, seed)`: the same in every setting, another for each prompt.
 """
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
 from ..files import UnreadableJSON, read_json, write_whole
+from ..fingerprints import fingerprint, tensor_fingerprint, weights_fingerprint
 from ..pipeline import softrepa_parameters
 from ..quoting import one_line, quoted
 from .prompts import Prompt
-from .provenance import CutImage, facts_of, save_with_facts
+from .provenance import CutImage, facts_of, image_fingerprint, save_with_facts
 from .settings import Setting
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
-_SAMPLES = 8  # of each parameter of the pipeline, to tell whether weights have changed
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of an evaluation: setting, prompt and seed by their place in its lists."""
+class ImageKey:
+    """Names one image of a gallery: the positions of its setting, prompt and seed in the gallery's lists."""
 
     setting: int
     prompt: int
@@ -44,13 +45,13 @@ class Picture:
 
 
 class Gallery:
-    """The pictures of an evaluation.
+    """The images of an evaluation: one for each setting, prompt and seed.
 
     Args:
-        output_dir: Their folder.
-        settings: What is compared.
-        prompts: What is drawn.
-        seeds: How often.
+        output_dir: Folder that holds them.
+        settings: The settings that are compared.
+        prompts: The prompts that are drawn.
+        seeds: The seeds that each prompt is drawn with.
     """
 
     def __init__(
@@ -65,51 +66,59 @@ class Gallery:
         self._drawn_with: dict[str, Any] = {}
 
     @property
-    def pictures(self) -> list[Picture]:
-        """All of them, setting by setting."""
+    def keys(self) -> list[ImageKey]:
+        """The keys of all images, setting by setting."""
         return [
-            Picture(setting, prompt, seed)
+            ImageKey(setting, prompt, seed)
             for setting in range(len(self.settings))
             for prompt in range(len(self.prompts))
             for seed in range(len(self.seeds))
         ]
 
-    def missing(self) -> list[Picture]:
-        """Returns the pictures that are still to be drawn."""
-        return [picture for picture in self.pictures if not self.path(picture).is_file()]
+    def missing(self) -> list[ImageKey]:
+        """Returns the keys of the images that are not on disk."""
+        return [key for key in self.keys if not self.path(key).is_file()]
 
-    def path(self, picture: Picture) -> Path:
-        """Returns where a picture is."""
-        name = f"{_safe(self.prompts[picture.prompt].id)}-{self.seeds[picture.seed]}.png"
-        return self.folder / "images" / _safe(self.settings[picture.setting].label) / name
+    def path(self, key: ImageKey) -> Path:
+        """Returns the file of an image."""
+        name = f"{_safe(self.prompts[key.prompt].id)}-{self.seeds[key.seed]}.png"
+        return self.folder / "images" / _safe(self.settings[key.setting].label) / name
 
-    def generator_seed(self, picture: Picture) -> int:
-        """Returns what a picture's generator starts from."""
-        return generator_seed(self.prompts[picture.prompt].id, self.seeds[picture.seed])
+    def generator_seed(self, key: ImageKey) -> int:
+        """Returns the seed of an image's generator."""
+        return generator_seed(self.prompts[key.prompt].id, self.seeds[key.seed])
 
-    def save(self, picture: Picture, image: Image.Image) -> None:
-        """Saves a picture, whole or not at all, with what it was drawn with; `describe` says that."""
-        path = self.path(picture)
+    def save(self, key: ImageKey, image: Image.Image) -> None:
+        """Saves an image with what it was drawn with, whole or not at all. Call `describe` first."""
+        path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_with_facts(image, path, self._facts(picture))
+        save_with_facts(image, path, self._facts(key))
 
-    def open(self, picture: Picture) -> Image.Image:
-        """Returns a picture in RGB."""
-        with Image.open(self.path(picture)) as file:
+    def open(self, key: ImageKey) -> Image.Image:
+        """Returns an image in RGB."""
+        with Image.open(self.path(key)) as file:
             return file.convert("RGB")
 
     def describe(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
-        """Takes note of what the pictures are drawn with."""
-        self._drawn_with = self._manifest(pipe, arguments)
+        """Records what the images are drawn with; nothing is written.
 
-    def settle(self) -> None:
-        """Writes down what the pictures are drawn with, once `describe` has taken note of it.
-
-        Settings, prompts and seeds may come to those of earlier runs. A picture that was cut is removed, to be drawn
-        again.
+        Args:
+            pipe: The pipeline.
+            arguments: Arguments of its calls.
 
         Raises:
-            ValueError: Pictures that are there were drawn with something else, or are not as they were drawn.
+            TypeError: An argument has a type whose changes could not be noticed.
+        """
+        self._drawn_with = self._manifest(pipe, arguments)
+
+    def write_manifest(self) -> None:
+        """Checks the images on disk against what `describe` recorded, and writes the manifest.
+
+        Settings, prompts and seeds are added to those of earlier runs. A truncated image is deleted, so that it is
+        drawn again.
+
+        Raises:
+            ValueError: An image on disk was drawn with something else, was changed, or belongs somewhere else.
         """
         path = self.folder / MANIFEST_NAME
         old = _read_manifest(path) if path.is_file() else None
@@ -118,40 +127,40 @@ class Gallery:
             changed = _changes(old, new)
             if changed:
                 raise ValueError(
-                    f"{self.folder} holds pictures drawn with something else: {'; '.join(changed)}; give another "
+                    f"{self.folder} holds images drawn with something else: {'; '.join(changed)}; give another "
                     "output_dir, or delete that folder to draw them again"
                 )
             new["settings"] = old["settings"] | new["settings"]
             new["prompts"] = old["prompts"] | new["prompts"]
-            files = {entry["file"] for entry in new["pictures"]}
-            new["pictures"] = [entry for entry in old["pictures"] if entry["file"] not in files] + new["pictures"]
-        for cut in self._cut_pictures():
-            logger.warning("%s is no whole image, and is drawn again", cut)
+            files = {entry["file"] for entry in new["images"]}
+            new["images"] = [entry for entry in old["images"] if entry["file"] not in files] + new["images"]
+        for cut in self._cut_images():
+            logger.warning("%s is truncated or damaged and will be drawn again", cut)
             cut.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(new, indent=1) + "\n")
 
-    def _facts(self, picture: Picture) -> dict[str, Any]:
-        """Returns what one picture is drawn with, as its file keeps it."""
-        setting, prompt = self.settings[picture.setting], self.prompts[picture.prompt]
+    def _facts(self, key: ImageKey) -> dict[str, Any]:
+        """Returns what one image is drawn with, as its file keeps it."""
+        setting, prompt = self.settings[key.setting], self.prompts[key.prompt]
         return {
             "pipeline": self._drawn_with["pipeline"],
             "arguments": self._drawn_with["arguments"],
             "settings": {setting.label: self._drawn_with["settings"][setting.label]},
             "prompts": {prompt.id: prompt.text},
-            "seed": self.seeds[picture.seed],
-            "generator_seed": self.generator_seed(picture),
+            "seed": self.seeds[key.seed],
+            "generator_seed": self.generator_seed(key),
         }
 
-    def _cut_pictures(self) -> list[Path]:
-        """Returns the files that are no whole image, once all others have told that they are what they should be.
+    def _cut_images(self) -> list[Path]:
+        """Returns the truncated files, after all others have been checked.
 
         Raises:
-            ValueError: One was drawn with something else, was changed since, or belongs somewhere else.
+            ValueError: An image was drawn with something else, was changed, or belongs somewhere else.
         """
         cut = []
-        for picture in self.pictures:
-            path = self.path(picture)
+        for key in self.keys:
+            path = self.path(key)
             if not path.is_file():
                 continue
             try:
@@ -159,7 +168,7 @@ class Gallery:
             except CutImage:
                 cut.append(path)
                 continue
-            new = self._facts(picture)
+            new = self._facts(key)
             if not isinstance(old, dict) or old.keys() != new.keys():
                 raise ValueError(
                     f"{path} is not as evaluate drew it: it was changed, replaced, or drawn by something else; delete "
@@ -180,15 +189,15 @@ class Gallery:
             "arguments": {name: _described(value, name) for name, value in sorted(arguments.items())},
             "settings": {setting.label: _setting_facts(pipe, setting) for setting in self.settings},
             "prompts": {prompt.id: prompt.text for prompt in self.prompts},
-            "pictures": [
+            "images": [
                 {
-                    "file": self.path(picture).relative_to(self.folder).as_posix(),
-                    "setting": self.settings[picture.setting].label,
-                    "prompt": self.prompts[picture.prompt].id,
-                    "seed": self.seeds[picture.seed],
-                    "generator_seed": self.generator_seed(picture),
+                    "file": self.path(key).relative_to(self.folder).as_posix(),
+                    "setting": self.settings[key.setting].label,
+                    "prompt": self.prompts[key.prompt].id,
+                    "seed": self.seeds[key.seed],
+                    "generator_seed": self.generator_seed(key),
                 }
-                for picture in self.pictures
+                for key in self.keys
             ],
         }
 
@@ -197,38 +206,40 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Returns the manifest of earlier runs.
 
     Raises:
-        ValueError: The file is none; the pictures beside it may be of anything.
+        ValueError: The file is not a manifest, so the images beside it cannot be trusted.
     """
-    advice = "give another output_dir, or delete that folder to draw its pictures again"
+    advice = "give another output_dir, or delete that folder to draw its images again"
     try:
         found = read_json(path, max_bytes=1 << 30, allow_nonfinite=True)
     except UnreadableJSON as error:
         raise ValueError(f"{error}; {advice}") from error
     parts = ("pipeline", "arguments", "settings", "prompts")
     mappings = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in parts)
-    pictures = found.get("pictures") if mappings else None
-    named = isinstance(pictures, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in pictures
+    images = found.get("images") if mappings else None
+    named = isinstance(images, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in images
     )
     if not named or found.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no manifest of an evaluation that this version reads: {quoted(found)}; {advice}")
+        raise ValueError(
+            f"{path} is not a manifest of an evaluation that this version reads: {quoted(found)}; {advice}"
+        )
     return cast(dict[str, Any], found)
 
 
 def generator_seed(prompt_id: str, seed: int) -> int:
-    """Returns what the generator of a picture starts from, 0..2^32 - 1."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:4], "big")
+    """Returns the seed of the generator of an image, 0..2^32 - 1."""
+    return int.from_bytes(sha256(f"{seed}/{prompt_id}".encode()).digest()[:4], "big")
 
 
 def _safe(name: str) -> str:
-    """Returns a name that a file can have, different for different names."""
+    """Returns a valid file name; different names have different file names."""
     safe = quote(name, safe=" +:,='") if os.name == "posix" else quote(name, safe=" +,='")
     safe = safe if safe.strip(". ") else safe.replace(".", "%2E").replace(" ", "%20")
-    return safe if len(safe) <= 120 else f"{safe[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return safe if len(safe) <= 120 else f"{safe[:80]}-{fingerprint(name)}"
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns what differs between two manifests among that which both speak of."""
+    """Returns the differences between two manifests in what both contain."""
     found = []
     for part in ("pipeline", "arguments"):
         for name in sorted(old[part].keys() | new[part].keys()):
@@ -250,37 +261,34 @@ def _pipeline_facts(pipe: Any) -> dict[str, Any]:
         config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
         facts["scheduler"] = type(scheduler).__name__
         facts |= {f"scheduler.{name}": _described(value, name) for name, value in sorted(config.items())}
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return facts | {f"weights of {name}": _weights_digest(part) for name, part in sorted(parts.items())}
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module):
+            facts[f"weights of {name}"] = weights_fingerprint(part)
+            facts |= {f"LoRA of {name}": scales} if (scales := _lora_scales(part)) else {}
+    return facts
 
 
-def _weights_digest(module: nn.Module) -> str:
-    """Returns a digest of a few numbers of each parameter; those that offloading keeps elsewhere do not count."""
-    samples: dict[torch.device, list[Tensor]] = {}
-    for parameter in module.parameters():
-        flat = parameter.detach().flatten()
-        if flat.device.type != "meta" and flat.numel():
-            samples.setdefault(flat.device, []).append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float())
-    digest = hashlib.sha256()
-    for parts in samples.values():
-        digest.update(torch.cat(parts).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _lora_scales(module: nn.Module) -> str:
+    """Returns which LoRAs of a module act and how strongly; their weights are among those of the module."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    facts = [
+        (layer.disable_adapters, list(layer.active_adapters), sorted(getattr(layer, "scaling", {}).items()))
+        for layer in layers
+    ]
+    return fingerprint(repr(facts)) if layers else ""
 
 
 def _setting_facts(pipe: Any, setting: Setting) -> dict[str, Any]:
     facts = {}
     for name, weight in setting.weights.items():
         tensors = softrepa_parameters(pipe, name)  # of all its denoisers
-        facts[name] = {"weight": weight, "tokens": _digest(torch.cat([one.flatten() for one in tensors.values()]))}
+        tokens = torch.cat([one.flatten() for one in tensors.values()])
+        facts[name] = {"weight": weight, "tokens": tensor_fingerprint(tokens)}
     return facts
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
 def _described(value: Any, name: str) -> Any:
-    """Returns what JSON can hold of an argument, so that a change shows."""
+    """Returns a description of an argument that JSON can hold and that differs where the argument differs."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -288,13 +296,16 @@ def _described(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return [_described(entry, name) for entry in value]
     if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {_digest(value)}"
+        return f"{value.dtype} {tuple(value.shape)} {tensor_fingerprint(value)}"
     if isinstance(value, torch.dtype | torch.device | os.PathLike):
         return str(value)
     if isinstance(value, Image.Image):
-        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+        return image_fingerprint(value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     if hasattr(value, "tolist"):  # numpy's
         return _described(value.tolist(), name)
-    raise TypeError(f"evaluate cannot tell later whether {name} has changed: it is a {type(value).__name__}")
+    raise TypeError(
+        f"evaluate must be able to tell later whether {name} has changed, but cannot for a {type(value).__name__}; "
+        "give a number, text, list, mapping, tensor, image or function"
+    )

@@ -1,4 +1,4 @@
-"""Prompts that no text encoder of a pipeline reads to their end, found before anything is drawn."""
+"""The check for prompts that are longer than every text encoder of a pipeline reads."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 from .prompts import Prompt
 
-_ENDLESS = 1_000_000  # what tokenizers without a limit say is far above
+_ENDLESS = 1_000_000  # tokenizers without a limit name one far above this
 
 
 def check_lengths(pipe: Any, prompts: Sequence[Prompt], arguments: Mapping[str, Any]) -> None:
-    """Raises if a prompt is longer than every text encoder of the pipeline reads, so that its end would be lost.
+    """Checks that at least one text encoder of the pipeline reads each prompt to its end.
 
     Args:
-        pipe: A pipeline with tokenizers.
+        pipe: The pipeline. Without tokenizers, or with one whose limit is not known, any prompt passes.
         prompts: The prompts.
-        arguments: What the pipeline is called with; `max_sequence_length` counts.
+        arguments: Arguments of the pipeline's call, of which `max_sequence_length` is looked at.
 
     Raises:
-        ValueError: One is too long; the message names it, its length and the limit.
+        ValueError: A prompt is too long; the message has its id, its length and the limit.
     """
     limits = _limits(pipe, arguments)
     if not limits or None in limits.values():
@@ -30,13 +30,13 @@ def check_lengths(pipe: Any, prompts: Sequence[Prompt], arguments: Mapping[str, 
             name, excess = min(beyond.items(), key=lambda item: item[1])
             raise ValueError(
                 f"prompt {prompt.id!r} has {counts[name]} tokens of {name}, but {type(pipe).__name__} reads "
-                f"{counts[name] - excess}: what it ends with would not be drawn, yet scored; shorten it, leave it "
-                "out, raise max_sequence_length where the pipeline takes one, or pass allow_truncation=True"
+                f"{counts[name] - excess}: the rest would not be drawn, but would be scored; shorten the prompt, "
+                "leave it out, raise max_sequence_length where the pipeline takes one, or pass allow_truncation=True"
             )
 
 
 def _limits(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, int | None]:
-    """Returns how many tokens each text encoder reads, by its tokenizer's name; None where that is not known."""
+    """Returns the number of tokens that each text encoder reads, by its tokenizer's name; None if it is unknown."""
     taken = inspect.signature(type(pipe).__call__).parameters
     default = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
     asked = arguments.get("max_sequence_length", default)

@@ -1,11 +1,10 @@
-"""What an evaluation found: scores of every picture, and the tables made of them."""
+"""The result of an evaluation: the score of each image, and tables of their means."""
 
 import csv
 import io
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quoting import in_markdown
+from ..files import read_json
+from ..quoting import in_markdown, markdown_table, quoted
 from .statistics import clustered_mean, share_better
 
 RESULTS_NAME = "results.json"
@@ -21,18 +21,18 @@ RESULTS_NAME = "results.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a table and how it differs from the first setting's.
+    """One number of a table and its difference from the first setting.
 
     Attributes:
-        setting: Its setting.
+        setting: Label of the setting.
         score: Name of the score.
-        category: Of the prompts, None for all.
-        count: Pictures.
-        mean: Mean over the pictures, or the distance of a set.
-        error: Its standard error, clustered by prompt; NaN for distances.
-        difference: Mean paired difference to the first setting; NaN for the first.
-        difference_error: Its standard error.
-        better: Share of pairs that are better than the first setting's, equal ones counting half.
+        category: Category of the prompts; None for all prompts.
+        count: Number of images.
+        mean: Mean score of the images, or the distance of the set of images.
+        error: Standard error of the mean, clustered by prompt; NaN for distances.
+        difference: Mean paired difference from the first setting; NaN for the first setting.
+        difference_error: Standard error of the difference; NaN for distances.
+        better: Share of images that are better than the first setting's, equal ones counting half; NaN for distances.
     """
 
     setting: str
@@ -48,18 +48,18 @@ class Row:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        settings: Labels, the first one being what the others are compared with.
+        settings: Labels of the settings; the first is the baseline of the others.
         prompts: Ids of the prompts.
-        texts: Their texts.
-        categories: Category of each prompt, None without one.
+        texts: Texts of the prompts.
+        categories: Category of each prompt; None for a prompt without one.
         seeds: The seeds.
-        scores: Score of each picture by name, (settings, prompts, seeds) float64; NaN where it does not apply.
-        distances: Distance of each setting's pictures to reference pictures, by name.
-        directions: Whether higher is better, by name of all scores and distances.
-        references: Where each was published.
+        scores: Score of each image by name, (settings, prompts, seeds) float64; NaN where a score does not apply.
+        distances: Distance between each setting's images and the reference images, by name.
+        directions: Whether higher is better, by name of the score or distance.
+        references: Publication of each score or distance, by name.
     """
 
     settings: list[str]
@@ -74,17 +74,25 @@ class EvaluationResult:
 
     @property
     def category_names(self) -> list[str]:
-        """The categories, in the order in which they come."""
+        """The categories, in the order of the prompts."""
         return list(dict.fromkeys(category for category in self.categories if category is not None))
 
     def row(self, setting: str, score: str, category: str | None = None) -> Row:
-        """Returns one number with its difference to the first setting.
+        """Returns one number with its difference from the first setting.
+
+        Args:
+            setting: Label of the setting.
+            score: Name of the score or distance.
+            category: Category of the prompts; None for all prompts.
 
         Raises:
-            KeyError: There is no such setting or score.
+            KeyError: The result has no such setting or score.
         """
         if setting not in self.settings or score not in self.directions:
-            raise KeyError(f"there is no {score!r} of {setting!r}; scores {list(self.directions)}, {self.settings}")
+            raise KeyError(
+                f"there is no score {score!r} of setting {setting!r}; the scores are {list(self.directions)}, the "
+                f"settings {self.settings}"
+            )
         index = self.settings.index(setting)
         if score in self.distances:
             values = self.distances[score]
@@ -104,7 +112,7 @@ class EvaluationResult:
         return Row(setting, score, category, mean.count, mean.value, mean.error, *difference)
 
     def rows(self, *, by_category: bool = False) -> list[Row]:
-        """Returns all numbers, also those of each category if asked."""
+        """Returns all numbers; with `by_category` also those of each category."""
         categories: list[str | None] = [None, *(self.category_names if by_category else [])]
         return [
             self.row(setting, score, category)
@@ -116,7 +124,7 @@ class EvaluationResult:
     # Tables.
 
     def to_markdown(self) -> str:
-        """Returns a table of the settings, and one for each score by category where there are categories."""
+        """Returns a table of the settings and, if prompts have categories, one of each score by category."""
         heads = ["setting", *(f"{in_markdown(name)} {'↑' if up else '↓'}" for name, up in self.directions.items())]
         lines = [
             [
@@ -125,13 +133,13 @@ class EvaluationResult:
             ]
             for setting in self.settings
         ]
-        pictures = f"{len(self.prompts)} prompts x {len(self.seeds)} seeds"
+        count = f"{len(self.prompts)} prompts x {len(self.seeds)} seeds"
         first = in_markdown(self.settings[0])
         note = (
-            f"{pictures}; mean ± standard error (in brackets: paired difference to {first}, bold where it is better "
-            "by more than two standard errors). Errors are clustered by prompt."
+            f"{count}; mean ± standard error (in brackets: paired difference from {first}, bold if it is an "
+            "improvement of more than two standard errors). Errors are clustered by prompt."
         )
-        parts = [_table(heads, lines), note]
+        parts = [markdown_table(heads, lines), note]
         if self.category_names:
             parts += [f"### {in_markdown(name)} by category\n\n{self._by_category(name)}" for name in self.scores]
         return "\n\n".join(parts) + "\n"
@@ -143,10 +151,10 @@ class EvaluationResult:
             means = [row.mean for row in rows if row.count]
             mean = f"{sum(means) / len(means):.4g}" if means else "-"
             lines.append([in_markdown(setting), *(_cell(row, self.directions[score]) for row in rows), mean])
-        return _table(["setting", *map(in_markdown, self.category_names), "mean of categories"], lines)
+        return markdown_table(["setting", *map(in_markdown, self.category_names), "mean of categories"], lines)
 
     def to_csv(self) -> str:
-        """Returns every number in a line of its own; what there is not is empty."""
+        """Returns CSV with a line for each number; cells without a value are empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
@@ -159,7 +167,7 @@ class EvaluationResult:
     # Files.
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON can hold it: scores of pictures by name, setting, prompt and seed."""
+        """Returns the whole result in types that JSON has; NaNs are None."""
         return {
             "settings": self.settings,
             "seeds": self.seeds,
@@ -176,21 +184,38 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "EvaluationResult":
-        """Returns the result that an evaluation left in its output folder."""
-        found = json.loads((Path(folder) / RESULTS_NAME).read_text(encoding="utf-8"))
-        return cls(
-            settings=found["settings"],
-            prompts=[prompt["id"] for prompt in found["prompts"]],
-            texts=[prompt["text"] for prompt in found["prompts"]],
-            categories=[prompt["category"] for prompt in found["prompts"]],
-            seeds=found["seeds"],
-            scores={
-                name: torch.tensor(_with_nan(values), dtype=torch.float64) for name, values in found["scores"].items()
-            },
-            distances=_with_nan(found["distances"]),
-            directions=found["directions"],
-            references=found["references"],
-        )
+        """Returns the result that an evaluation wrote to its output folder.
+
+        Args:
+            folder: The `output_dir` of the evaluation.
+
+        Raises:
+            ValueError: The folder's `results.json` is truncated, or was not written by an evaluation.
+            OSError: There is no such file.
+        """
+        path = Path(folder) / RESULTS_NAME
+        found = read_json(path, max_bytes=1 << 30)
+        try:
+            result = cls(
+                settings=found["settings"],
+                prompts=[prompt["id"] for prompt in found["prompts"]],
+                texts=[prompt["text"] for prompt in found["prompts"]],
+                categories=[prompt["category"] for prompt in found["prompts"]],
+                seeds=found["seeds"],
+                scores={
+                    name: torch.tensor(_with_nan(values), dtype=torch.float64)
+                    for name, values in found["scores"].items()
+                },
+                distances=_with_nan(found["distances"]),
+                directions=found["directions"],
+                references=found["references"],
+            )
+            shape = (len(result.settings), len(result.prompts), len(result.seeds))
+            if any(values.shape != shape for values in result.scores.values()):
+                raise ValueError(f"scores must have the shape {shape} of settings, prompts and seeds")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not the result of an evaluation ({quoted(error)}); evaluate again") from error
+        return result
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -208,20 +233,15 @@ def _cell(row: Row, higher_is_better: bool) -> str:
 
 
 def _number(value: float, error: float, sign: str = "") -> str:
-    """Returns a number with as many digits as its error bears out."""
-    if not error > 0:
+    """Returns a number with two significant digits of its error."""
+    if not 0 < error < math.inf:
         return f"{value:{sign}.4g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
 
 
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def without_nan(value: Any) -> Any:
-    """Returns values as JSON can hold them: None for numbers that are not finite, at any depth."""
+    """Returns a value with None in place of all numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {name: without_nan(entry) for name, entry in value.items()}
     if isinstance(value, list):

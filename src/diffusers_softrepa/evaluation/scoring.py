@@ -1,4 +1,4 @@
-"""Scores of pictures that are there, a share of them in each process; and `score`, for pictures drawn elsewhere."""
+"""Scores of images that have been drawn, with a share in each process; and `score`, for images drawn elsewhere."""
 
 import math
 import sys
@@ -27,37 +27,45 @@ def score(
     references: str | Path | Sequence[Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> EvaluationResult:
-    """Scores pictures that were drawn elsewhere, edits for instance.
+    """Scores images that were drawn elsewhere, such as edited images.
 
     Args:
-        images: Files or pictures by setting, one for each prompt in the same order.
-        prompts: What `load_prompts` takes or returns.
-        metrics: As `evaluate` takes them.
-        references: Reference pictures of the metrics that are given by name and need them.
-        device: Where metrics run.
+        images: Files or images by setting, one for each prompt in the order of the prompts.
+        prompts: The prompts, in any form that `load_prompts` takes or returns.
+        metrics: Metrics, their names (see `make_metric`), or functions of images and prompts.
+        references: Reference images for metrics that are given by name and need them: a folder, or a sequence of files
+            or images.
+        device: Device that the metrics run on. Defaults to the CPU.
+
+    Returns:
+        The scores; the first setting is the baseline of all others.
 
     Raises:
-        ValueError: A setting does not have one picture for each prompt.
-        OSError, ImportError: What a metric needs is missing.
+        ValueError: A setting does not have one image for each prompt.
+        OSError, ImportError: A metric lacks its weights or its package.
     """
     asked = load_prompts(prompts)
-    for label, pictures in images.items():
-        if len(pictures) != len(asked):
+    if not images:
+        raise ValueError("there are no images to score: give a mapping of settings to lists of images")
+    for label, given in images.items():
+        if len(given) != len(asked):
             raise ValueError(
-                f"each setting needs a picture for each of {len(asked)} prompts, but {label} has {len(pictures)}"
+                f"each setting needs an image for each of {len(asked)} prompts, but {label} has {len(given)}"
             )
-    flat = [picture for pictures in images.values() for picture in pictures]
+    flat = [image for given in images.values() for image in given]
     chosen = as_metrics(metrics, references)
+    for metric in chosen:
+        metric.check(asked)
     return scored(list(images), asked, [0], lambda number: opened(flat[number]), chosen, torch.device(device))
 
 
 def processes() -> PartialState:
-    """Returns the processes that share the work; without an accelerator those that talk through gloo."""
+    """Returns the state of the processes that share the work; without an accelerator they communicate through gloo."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def progress_bar(name: str, total: int) -> Any:
-    """Returns a progress bar of the main process."""
+    """Returns a progress bar that only the main process shows."""
     return tqdm(total=total, desc=name, disable=not processes().is_main_process or not total, file=sys.stderr)
 
 
@@ -65,22 +73,25 @@ def scored(
     labels: Sequence[str],
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
-    open_picture: Callable[[int], Image.Image],
+    open_image: Callable[[int], Image.Image],
     metrics: Sequence[Metric],
     device: torch.device,
 ) -> EvaluationResult:
-    """Returns the scores of pictures, the same in every process.
+    """Returns the scores of images, the same in every process.
 
     Args:
-        labels: The settings.
+        labels: Labels of the settings.
         prompts: The prompts.
         seeds: The seeds.
-        open_picture: From a number to a picture, setting by setting, in each prompt by prompt, in each seed by seed.
-        metrics: What scores them, one after the other, so that only one is loaded at a time.
-        device: Where metrics run.
+        open_image: Returns the image of a number. Images are numbered by setting, then prompt, then seed.
+        metrics: Metrics that score the images; only one is loaded at a time.
+        device: Device that the metrics run on.
+
+    Raises:
+        ValueError: Two metrics return scores of the same name.
     """
     shape = (len(labels), len(prompts), len(seeds))
-    of_picture = [prompt for _ in labels for prompt in prompts for _ in seeds]
+    prompt_of = [prompt for _ in labels for prompt in prompts for _ in seeds]
     scores: dict[str, Tensor] = {}
     distances: dict[str, list[float]] = {}
     directions: dict[str, bool] = {}
@@ -89,16 +100,19 @@ def scored(
         metric.setup(device)
         try:
             if isinstance(metric, ImageMetric):
-                found = _image_scores(metric, open_picture, of_picture)
+                found = _image_scores(metric, open_image, prompt_of)
                 scores |= {name: values.reshape(shape) for name, values in found.items()}
                 names = list(found)
             elif isinstance(metric, SetMetric):
-                distances[metric.name] = _distances(metric, open_picture, len(of_picture), len(labels))
+                distances[metric.name] = _distances(metric, open_image, len(prompt_of), len(labels))
                 names = [metric.name]
             else:
                 raise TypeError(f"{metric.name} must be an ImageMetric or a SetMetric")
         finally:
             metric.close()
+        twice = sorted(directions.keys() & set(names))
+        if twice:
+            raise ValueError(f"two metrics return scores named {', '.join(twice)}; pass another name= to one of them")
         directions |= dict.fromkeys(names, metric.higher_is_better)
         sources |= dict.fromkeys(names, metric.reference)
     return EvaluationResult(
@@ -115,7 +129,7 @@ def scored(
 
 
 def _shares(metric: Metric, count: int) -> Iterator[list[int]]:
-    """Yields the numbers of this process's pictures in batches."""
+    """Yields the numbers of the images that this process scores, in batches."""
     state = processes()
     own = list(range(count))[state.process_index :: state.num_processes]
     with progress_bar(metric.name, len(own)) as progress:
@@ -126,12 +140,12 @@ def _shares(metric: Metric, count: int) -> Iterator[list[int]]:
 
 
 def _image_scores(
-    metric: ImageMetric, open_picture: Callable[[int], Image.Image], prompts: Sequence[Prompt]
+    metric: ImageMetric, open_image: Callable[[int], Image.Image], prompts: Sequence[Prompt]
 ) -> dict[str, Tensor]:
-    """Returns the scores of all pictures by name, (pictures,)."""
+    """Returns the scores of all images by name, each (number of images,) float64."""
     entries: list[tuple[str, int, float]] = []
     for batch in _shares(metric, len(prompts)):
-        images = [open_picture(number) for number in batch]
+        images = [open_image(number) for number in batch]
         for name, values in named_scores(metric, images, [prompts[number] for number in batch]).items():
             entries += [(name, number, value) for number, value in zip(batch, values.tolist(), strict=True)]
     scores: dict[str, Tensor] = {}
@@ -143,12 +157,12 @@ def _image_scores(
 
 
 def _distances(
-    metric: SetMetric, open_picture: Callable[[int], Image.Image], count: int, num_settings: int
+    metric: SetMetric, open_image: Callable[[int], Image.Image], count: int, num_settings: int
 ) -> list[float]:
-    """Returns the distance of each setting's pictures to the reference pictures."""
+    """Returns the distance of each setting's images to the reference images."""
     entries: list[tuple[int, Any]] = []
     for batch in _shares(metric, count):
-        features = metric.features([open_picture(number) for number in batch])
+        features = metric.features([open_image(number) for number in batch])
         entries += list(zip(batch, features.numpy(), strict=True))
     gathered = dict(gather_object(entries))
     features = torch.stack([torch.from_numpy(gathered[number]) for number in range(count)])

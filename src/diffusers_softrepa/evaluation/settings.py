@@ -1,5 +1,6 @@
-"""The settings that are compared: the base model, adapters at their weights; and the pipeline left as found."""
+"""The settings that an evaluation compares: the base model, or adapters with weights."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -9,17 +10,18 @@ from torch import nn
 
 from ..denoisers import takes_soft_tokens
 from ..pipeline import enable_softrepa, get_softrepa_adapters, set_softrepa, softrepa_left_as_found
+from ..quoting import quoted
 
 AdapterSetting = str | Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of a comparison.
+    """One setting of a comparison.
 
     Attributes:
-        label: How tables call it: `base`, `a`, `a:0.5`, `a:0.5+b:1`.
-        weights: Weight of each active adapter; none for the base model.
+        label: Its name in tables and folders: `base`, `a`, `a:0.5`, `a:0.5+b:1`.
+        weights: Weight of each active adapter; empty for the base model.
     """
 
     label: str
@@ -30,20 +32,23 @@ def settings_of(pipe: Any, adapters: Sequence[AdapterSetting]) -> list[Setting]:
     """Returns the settings that `evaluate` was asked to compare.
 
     Raises:
-        ValueError: One names an adapter that is not loaded, or two are the same, or there is none.
+        ValueError: A setting names an adapter that is not loaded or has a weight that is not a number, two settings
+            are equal, or there is none.
     """
     if isinstance(adapters, str | Mapping) or not adapters:
         raise ValueError(f'adapters must be a list such as [None, "softrepa"], but is {adapters!r}')
     settings = [_setting(each) for each in adapters]
     labels = [setting.label for setting in settings]
     if len(set(labels)) != len(labels):
-        raise ValueError(f"each setting must come once, but they are {labels}")
+        raise ValueError(f"the settings must differ, but are {labels}; leave out the second of equal ones")
+    if len({label.casefold() for label in labels}) != len(labels):
+        raise ValueError(f"settings must differ in more than case, because some disks ignore case, but are {labels}")
     asked = {name for setting in settings for name in setting.weights}
     loaded = _loaded(pipe)
     missing = sorted(asked - set(loaded))
     if missing:
         raise ValueError(
-            f"no soft-token adapter is named {missing}; loaded are {loaded or 'none'}: load_softrepa it first"
+            f"no soft-token adapter is named {missing}; loaded are {loaded or 'none'}; call load_softrepa first"
         )
     return settings
 
@@ -53,17 +58,28 @@ def _setting(given: AdapterSetting) -> Setting:
         return Setting("base")
     if isinstance(given, str):
         return Setting(given, {given: 1.0})
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"a setting is None, an adapter's name or a mapping of names to weights, but is {quoted(given)}"
+        )
+    for name, weight in given.items():
+        try:
+            finite = math.isfinite(float(weight))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise ValueError(f"the weight of {quoted(name)} must be a finite number, but is {quoted(weight)}")
     label = "+".join(f"{name}:{weight:g}" for name, weight in given.items())
     return Setting(label or "base", {name: float(weight) for name, weight in given.items()})
 
 
 def _loaded(pipe: Any) -> list[str]:
-    """Returns the names of the adapters of a pipeline; none also of a pipeline that can have none."""
+    """Returns the names of a pipeline's adapters; an empty list if its denoiser takes no soft tokens."""
     return list(get_softrepa_adapters(pipe)) if takes_soft_tokens(pipe) else []
 
 
 def use(pipe: Any, setting: Setting) -> None:
-    """Makes a setting the pipeline's, on all of its denoisers."""
+    """Activates a setting on all denoisers of a pipeline."""
     if _loaded(pipe):
         set_softrepa(pipe, list(setting.weights), list(setting.weights.values()))
         enable_softrepa(pipe)
@@ -71,7 +87,7 @@ def use(pipe: Any, setting: Setting) -> None:
 
 @contextmanager
 def left_as_found(pipe: Any) -> Iterator[None]:
-    """Lets a pipeline be used for sampling, in eval mode without progress bars; puts everything back afterwards."""
+    """Puts a pipeline in eval mode without progress bars; restores that and its adapters afterwards."""
     modules = [module for part in pipe.components.values() if isinstance(part, nn.Module) for module in part.modules()]
     modes = [module.training for module in modules]
     progress = getattr(pipe, "_progress_bar_config", {})

@@ -1,11 +1,11 @@
-"""Means with standard errors, clustered by prompt: pictures of one prompt are no independent evidence.
+"""Means with standard errors, clustered by prompt, because images of one prompt are not independent.
 
-With x the score of a picture, N pictures and G prompts of which g has the pictures in cluster g,
+Let x_i be the score of image i, N the number of images and G the number of prompts, with one cluster of images each:
 
     mean  = sum x / N
     error = sqrt(G / (G - 1)) sqrt(sum_g (sum_{i in g} (x_i - mean))^2) / N
 
-and the same for paired differences: the score in one setting less that in another, of one prompt and one seed.
+Paired differences, the score in one setting minus the score in another of the same prompt and seed, are treated alike.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean.
+    """A mean with its standard error.
 
     Attributes:
-        value: The mean, NaN of nothing.
-        error: Its standard error, NaN with fewer than two prompts.
-        count: How many numbers.
+        value: The mean; NaN if there are no numbers.
+        error: The standard error; NaN with fewer than two prompts.
+        count: How many numbers the mean is of.
     """
 
     value: float
@@ -30,7 +30,7 @@ class Mean:
 
 
 def clustered_mean(values: Tensor) -> Mean:
-    """Returns the mean of values (prompts, seeds), NaNs left out."""
+    """Returns the mean of values (prompts, seeds); NaNs are left out."""
     there = ~values.isnan()
     count = int(there.sum())
     if not count:
@@ -45,7 +45,7 @@ def clustered_mean(values: Tensor) -> Mean:
 
 
 def share_better(differences: Tensor, *, higher_is_better: bool) -> float:
-    """Returns the share of pairs in which the second is better, equal ones counting half; NaNs left out."""
+    """Returns the share of differences that are improvements; a difference of 0 counts half, and NaNs are left out."""
     there = differences[~differences.isnan()]
     if not len(there):
         return math.nan

@@ -1,6 +1,6 @@
-"""Denoiser families: one declarative spec each, found by the denoiser's class.
+"""Denoiser families: one declarative `FamilySpec` per family, found by the class of the denoiser.
 
-To support another class, write a `FamilySpec` and `register_family` it; nothing else changes.
+To support another denoiser class, write a `FamilySpec` and pass it to `register_family`. Nothing else has to change.
 """
 
 from torch import nn
@@ -81,13 +81,13 @@ _FAMILIES: dict[str, FamilySpec] = {spec.denoiser: spec for spec in _BUILT_IN}
 
 
 def register_family(spec: FamilySpec) -> None:
-    """Makes soft tokens available for another denoiser class.
+    """Registers a spec, so that denoisers of its class take soft tokens.
 
     Args:
-        spec: The description of the class. Registering an equal spec again does nothing.
+        spec: Description of the denoiser class. Registering an equal spec again does nothing.
 
     Raises:
-        ValueError: Its class or its family name is already described by a different spec.
+        ValueError: The class or the family name is registered already with a different spec.
     """
     for other in _FAMILIES.values():
         if other != spec and (other.denoiser == spec.denoiser or other.name == spec.name):
@@ -99,25 +99,32 @@ def register_family(spec: FamilySpec) -> None:
 
 
 def built_in_families() -> tuple[FamilySpec, ...]:
-    """Returns the specs that this package brings."""
+    """Returns the specs that are part of this package, without those added by `register_family`."""
     return _BUILT_IN
 
 
 def supported_denoisers() -> list[str]:
-    """Returns the class names of the denoisers that take soft tokens."""
+    """Returns the names of the denoiser classes that take soft tokens, sorted. Subclasses of them do as well."""
     return sorted(_FAMILIES)
 
 
 def is_supported(denoiser: nn.Module) -> bool:
-    """Whether a spec is registered for the class of `denoiser` or one of its bases."""
+    """Returns whether a spec is registered for the class of a denoiser or for one of its base classes.
+
+    Args:
+        denoiser: Any module.
+    """
     return any(cls.__name__ in _FAMILIES for cls in type(denoiser).__mro__)
 
 
 def family_of(denoiser: nn.Module) -> FamilySpec:
-    """Returns the spec registered for the class of `denoiser`, or for its nearest base class.
+    """Returns the spec that is registered for the class of a denoiser, or else for its nearest base class.
+
+    Args:
+        denoiser: The frozen model, such as `pipe.transformer` or `pipe.unet`.
 
     Raises:
-        ValueError: No spec is registered; the message lists the classes that are supported.
+        ValueError: No spec is registered for the class. The message lists the supported classes.
     """
     for cls in type(denoiser).__mro__:
         if cls.__name__ in _FAMILIES:

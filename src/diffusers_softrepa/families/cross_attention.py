@@ -1,4 +1,4 @@
-"""Transformers that read text by cross-attention: it is the same for all blocks, and none returns it."""
+"""Image transformers that read text by cross-attention. All blocks read the same text, and none returns it."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ PIXART = FamilySpec(
 
 
 def _sana_clock(config: Mapping[str, Any]) -> TimestepArgument:
-    """Sana-Sprint, distilled with its guidance, counts from 0 to 1; others have a factor of their own."""
+    """Returns the timestep of Sana-Sprint, which is in 0..1, or of other Sana models, whose config has the scale."""
     return TimestepArgument(scale=1000.0 if config["guidance_embeds"] else 1.0 / config["timestep_scale"])
 
 
@@ -47,7 +47,7 @@ LUMINA_NEXT = FamilySpec(
     timestep=TimestepArgument(scale=1000.0, reverse=True),
 )
 
-# Masked text is replaced by learned padding before any block sees it.
+# The denoiser replaces masked text by learned padding before the blocks, so there is no mask to extend.
 HUNYUAN_DIT = FamilySpec(
     name="hunyuan-dit",
     denoiser="HunyuanDiT2DModel",
@@ -79,7 +79,10 @@ KANDINSKY5 = FamilySpec(
 
 
 def _cosmos_clock(config: Mapping[str, Any]) -> TimestepArgument:
-    """Cosmos 1, which has learned positions, gets log(sigma) / 4 for sigma from 0.002 to 80; later ones 0 to 1."""
+    """Returns the timestep of Cosmos 1, log(sigma) / 4 for sigma in 0.002..80, or of later models, in 0..1.
+
+    Only Cosmos 1 has learned positions.
+    """
     if config["extra_pos_embed_type"] is None:
         return TimestepArgument(scale=1000.0)
     low, high = math.log(0.002) / 4, math.log(80.0) / 4
@@ -87,7 +90,7 @@ def _cosmos_clock(config: Mapping[str, Any]) -> TimestepArgument:
     return TimestepArgument(scale=scale, offset=-low * scale)
 
 
-# The text is a tensor, or the first of a tuple with image conditions. Anima is a Cosmos.
+# The text is a tensor, or the first element of a tuple with image conditions. Anima is also of this class.
 COSMOS = FamilySpec(
     name="cosmos",
     denoiser="CosmosTransformer3DModel",

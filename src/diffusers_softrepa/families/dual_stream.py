@@ -1,7 +1,7 @@
-"""Dual-stream transformers without rotary positions for text: MM-DiT in its many variants.
+"""Dual-stream image transformers (MM-DiT) without rotary positions for text.
 
-A block takes and returns text and image apart; some classes go on with blocks that take both in one sequence. Where
-blocks get a mask over image and text, the text's columns are its last.
+A block takes and returns text and image separately. Some classes have further blocks that take both in one sequence.
+In masks over image and text, the last columns are those of the text.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ COGVIEW3_PLUS = FamilySpec(
     defaults=recipe(inner_width, "num_layers"),
 )
 
-# The mask is made 0 and 1 and added to the attention logits: 1 is what a valid token gets.
+# The denoiser adds the 0/1 mask to the attention logits, so valid tokens have 1.
 _TEXT_MASK = ExtendedArgument("attention_mask", dim=1, fill=1.0)
 COGVIEW4 = FamilySpec(
     name="cogview4",
@@ -50,8 +50,8 @@ def _text_in_image_cache(denoiser: nn.Module, arguments: Mapping[str, Any]) -> s
     if caches is None or text is None or text.shape[1] == 0 or caches[0].mode != "write":
         return None
     return (
-        f"GLM-Image's cache must be written without text, but it is written with {text.shape[1]} rows of text; soft "
-        "tokens would stay in it; write it with encoder_hidden_states of length 0, as the pipeline does"
+        f"GLM-Image's cache must be written without text, but it is written with {text.shape[1]} rows of text, and "
+        "soft tokens would stay in it; write it with encoder_hidden_states of length 0, as the pipeline does"
     )
 
 
@@ -80,7 +80,7 @@ HUNYUAN_IMAGE = FamilySpec(
     guards=(checkpointing_without_keywords,),
 )
 
-# The sequence is image, then text at position zero. What the image's mask multiplies are keys.
+# The sequence is image, then text at position zero. The image mask multiplies keys.
 HIDREAM = FamilySpec(
     name="hidream",
     denoiser="HiDreamImageTransformer2DModel",
@@ -107,7 +107,7 @@ HIDREAM = FamilySpec(
 )
 
 _HIDDEN_SIZE = named_width("hidden_size")
-# Rotary rows are (image's, text's), each (cos, sin); the text's are there for some checkpoints only.
+# The rotary embedding is (image, text), each (cos, sin). Some checkpoints have none for the text.
 JOY_IMAGE_EDIT = FamilySpec(
     name="joyimage-edit",
     denoiser="JoyImageEditTransformer3DModel",

@@ -1,8 +1,8 @@
-"""FLUX.1 and its kin: joint attention with rotary positions over text and image, in dual and then in single blocks.
+"""FLUX and related transformers: dual and single blocks with rotary positions over text and image.
 
-The rotary rows of the tokens are copies of the first text row, whose position is zero or the same for all text. Dual
-blocks take and return the two streams apart; single blocks as well (FLUX.1), or joined with the text first (FLUX.2,
-Chroma). There is no published FLUX.1 adapter; the defaults follow SD3's.
+The rotary rows of the tokens are copies of the first text row; its position is zero, or the same for all text rows.
+Dual blocks take and return text and image separately. Single blocks do so too (FLUX.1), or take one sequence with the
+text first (FLUX.2, Chroma). There is no published adapter for FLUX.1; the defaults are those of SD3.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ BRIA = replace(FLUX, name="bria", denoiser="BriaTransformer2DModel", timestep=Ti
 
 
 def _count_text(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """With its cache of reference images, FLUX.2 tells single blocks where the text ends."""
+    """Adds the tokens to the number of text rows, which FLUX.2 passes to single blocks when it caches references."""
     settings = arguments.get("joint_attention_kwargs")
     if settings is None or "num_txt_tokens" not in settings:
         return {}
@@ -53,7 +53,7 @@ FLUX2 = replace(
         replace(_JOINT, extended=(_ROTARY, ExtendedArgument("temb_mod", dim=1, per_token=True)), adjust=_count_text),
     ),
 )
-# Text has a modulation of its own, a row for each token.
+# The text has its own modulation, with a row per token.
 FLUX3 = replace(
     FLUX,
     name="flux3",
@@ -68,9 +68,8 @@ def _mask_under_checkpointing(denoiser: nn.Module, arguments: Mapping[str, Any])
     if not checkpointed or arguments.get("attention_mask") is None:
         return None
     return (
-        "Chroma's single blocks must see the attention mask, but under gradient checkpointing diffusers does not hand "
-        "it to them; call disable_gradient_checkpointing(), or leave attention_mask out by cutting captions to their "
-        "length"
+        "Chroma's single blocks must get the attention mask, but under gradient checkpointing diffusers does not pass "
+        "it to them; call disable_gradient_checkpointing(), or cut captions to their length and pass no attention_mask"
     )
 
 

@@ -1,4 +1,4 @@
-"""What refuses calls to more than one family."""
+"""Guards that several families use."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def checkpointing_without_keywords(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | None:
-    """Refuses gradient checkpointing that fails without tokens as well, with a sentence that says why."""
+    """Guard against gradient checkpointing that fails because diffusers passes keyword arguments to it."""
     checkpoint = getattr(denoiser, "_gradient_checkpointing_func", None)
     if checkpoint is None or not (getattr(denoiser, "gradient_checkpointing", False) and torch.is_grad_enabled()):
         return None

@@ -1,11 +1,11 @@
-"""Denoisers of one packed sequence, whose rows and not its samples have levels of noise: the noisiest counts."""
+"""Denoisers of one packed sequence without a batch dimension; the highest noise level of all rows is used."""
 
 from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, named_width, recipe
 
 _HIDDEN_SIZE = named_width("hidden_size")
 
-# Text is causal and has no batch: tokens come first, so that all of it sees them. Rotary rows are cos and sin of the
-# text, then of the rest.
+# Attention over the text is causal, so tokens go first, where all text rows see them. The rotary embedding is a tuple:
+# cos and sin of the text, then of the rest.
 COSMOS3 = FamilySpec(
     name="cosmos3",
     denoiser="Cosmos3OmniTransformer",
@@ -26,7 +26,7 @@ COSMOS3 = FamilySpec(
     timestep=TimestepArgument("vision_timesteps", per_sample=False),
 )
 
-# Text, sound and video in one sequence, text first; each row names its modulation by an index.
+# Text, sound and video are in one sequence, text first. Each row has an index that selects its modulation.
 MINIMAX_H3 = FamilySpec(
     name="minimax-h3",
     denoiser="MiniMaxH3Transformer3DModel",

@@ -1,10 +1,10 @@
 """Qwen-Image, Qwen-Image 2.1 and Nucleus-Image.
 
-Qwen-Image has joint attention in dual blocks, and its text positions begin where those of the image end; so do those
-of Nucleus, whose blocks only read text. Only the second of the two rotary tables is the text's. Position zero would be
-the middle of the image, so the rotary rows of the tokens are copies of the first text row.
+Qwen-Image has joint attention in dual blocks; the blocks of Nucleus-Image read text without returning it. In both,
+text positions begin where image positions end, and the second of the two rotary tables is that of the text. Position
+zero is the centre of the image, so the rotary rows of the tokens are copies of the first text row.
 
-Qwen-Image 2.1 has text and image in one causal sequence, where only what comes first is seen by all.
+Qwen-Image 2.1 has text and image in one sequence with causal attention, so tokens go first, where all rows see them.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ NUCLEUS_IMAGE = FamilySpec(
 
 
 def _shift_segments(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Attention runs segment by segment; the tokens are one in front of all, and none that a cache stores."""
+    """Adds the tokens as a segment before all others, because attention runs per segment, and keeps them uncached."""
     changed: dict[str, Any] = {}
     segments, stored = arguments.get("segments"), arguments.get("cache_write_slice")
     if segments is not None:
@@ -82,8 +82,8 @@ def _block_mask(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
     if "QwenImage21FlexAttnProcessor" not in processors:
         return None
     return (
-        "soft tokens need attention masks that can grow, but QwenImage21FlexAttnProcessor makes a BlockMask, which "
-        "cannot; set_attn_processor(QwenImage21AttnProcessor()), the default"
+        "soft tokens need attention masks that can be extended, but QwenImage21FlexAttnProcessor makes a BlockMask, "
+        "which cannot; call set_attn_processor(QwenImage21AttnProcessor()) to use the default"
     )
 
 
@@ -91,7 +91,8 @@ def _timed_cache(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | Non
     if arguments.get("kv_cache") is None:
         return None
     return (
-        "with a cache the text of all steps is that of the first one, but these soft tokens depend on the timestep; "
+        "with its cache Qwen-Image 2.1 reads the text of the first step in all steps, but these soft tokens depend on "
+        "the timestep; "
         "call the pipeline with use_kv_cache=False, or use an adapter with num_timestep_bins=None"
     )
 

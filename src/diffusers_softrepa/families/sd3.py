@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 and 3.5: joint attention, text and image in one sequence (MM-DiT).
+"""Stable Diffusion 3 and 3.5: dual-stream transformers (MM-DiT) with joint attention over text and image.
 
-A block concatenates the two streams for one attention without positions for text, so tokens go in front of the text
-(after the denoiser's own context embedder, hence in its inner width) and are cut off behind the block.
+Attention has no positions for text. Tokens are inserted before the text, after the context embedder of the denoiser,
+so they have the inner width. They are cut off after each block.
 
 Source: SoftREPA, arXiv 2503.08250; shapes of the published SD3 adapter.
 """

@@ -1,12 +1,13 @@
-"""Single-stream transformers: text and image in one sequence from the first block on.
+"""Single-stream image transformers: text and image are in one sequence in all blocks.
 
-Tokens go to the front of the sequence, wherever its text begins, and are cut off there: order matters only through
-masks, rotary rows and modulation, which grow at the front as well.
+Tokens are inserted at the front of the sequence, wherever its text begins, and cut off there. This is right because
+the order of rows matters only through masks, rotary embeddings and modulation, which are extended at the front as
+well.
 """
 
 from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, inner_width, named_width, recipe
 
-# The sequence is image, then text; in the first row there is no text to copy the rotary row of.
+# The sequence is image, then text, so the first rotary row is not that of text and cannot be copied.
 Z_IMAGE = FamilySpec(
     name="z-image",
     denoiser="ZImageTransformer2DModel",
@@ -52,7 +53,7 @@ KREA2 = FamilySpec(
     timestep=_ZERO_TO_ONE,
 )
 
-# Each sample is packed: text, image, then padding.
+# Each sample is packed as text, image, padding.
 LUMINA2 = FamilySpec(
     name="lumina2",
     denoiser="Lumina2Transformer2DModel",
@@ -72,7 +73,7 @@ LUMINA2 = FamilySpec(
     timestep=_IMAGE_AT_ONE,
 )
 
-# The additive mask has a row for each query.
+# The additive mask has a row per query.
 OMNIGEN = FamilySpec(
     name="omnigen",
     denoiser="OmniGenTransformer2DModel",
@@ -89,7 +90,8 @@ OMNIGEN = FamilySpec(
     timestep=_IMAGE_AT_ONE,
 )
 
-# Text is padded in front, and padding sees only itself: a copy of the mask's first column would hide the tokens.
+# Text is padded at the front, and padding attends only to itself, so a copy of the first mask column would hide the
+# tokens.
 IDEOGRAM4 = FamilySpec(
     name="ideogram4",
     denoiser="Ideogram4Transformer2DModel",
@@ -110,7 +112,8 @@ IDEOGRAM4 = FamilySpec(
     timestep=_IMAGE_AT_ONE,
 )
 
-# Sequence first, batch second; rotary rows are angles; the six parts of the modulation have a row for each token.
+# The sequence is the first dimension and the batch the second. Rotary rows are angles. The six parts of the modulation
+# have a row per token.
 ERNIE_IMAGE = FamilySpec(
     name="ernie-image",
     denoiser="ErnieImageTransformer2DModel",
@@ -131,7 +134,7 @@ ERNIE_IMAGE = FamilySpec(
     defaults=recipe(_HIDDEN_SIZE, "num_layers"),
 )
 
-# Text comes as learned tokens that are modulated as clean ones (noise mask 0), before or behind the image.
+# Text tokens are modulated as clean ones (noise mask 0) and stand before or after the image.
 FIBO2 = FamilySpec(
     name="fibo2",
     denoiser="BriaFibo2Transformer2DModel",

@@ -1,9 +1,9 @@
-"""The words in which a denoiser family is described.
+"""Dataclasses that describe a denoiser family as data.
 
-A frozen denoiser reads its text stream, shape `(batch, sequence, width)`, in blocks. To give a block K soft tokens is
-to insert K rows into that stream at one index, to extend by K whatever else runs along it (masks, rotary rows), and to
-cut the same K rows off the stream that the block returns. A `FamilySpec` says where all this is; it holds no code that
-touches a module.
+A frozen denoiser reads its text stream, shape `(batch, sequence, width)`, in blocks. Giving a block K soft tokens
+means to insert K rows into that stream at one index, to extend by K every other argument that has a row or column per
+text row (masks, rotary embeddings), and to cut the K rows off the stream that the block returns. A `FamilySpec` says
+which arguments these are. It contains no code that changes a module.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,26 +13,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# From a denoiser and the arguments of its call to what stands in the way of soft tokens, or None.
+# Maps a denoiser and the arguments of its call to the reason why soft tokens cannot be used in the call, or to None.
 Guard = Callable[[nn.Module, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
 class ExtendedArgument:
-    """A block argument that runs along the text stream and must grow with it.
+    """A block argument with a row or column per text row, which must be extended when soft tokens are inserted.
 
     Attributes:
-        arg: Name of the block's argument. Absent or None at a call, it is left alone.
-        dim: Its sequence dimension.
-        fill: `"first"` repeats the row of the first text token (position-free rotary rows); `"identity"` is the
-            rotation by nothing, for rotary rows whose first row is no text; a number fills a constant (0.0 keeps a key
-            in an additive mask, 1.0 or True in a multiplicative one).
-        select: Which part of a tuple (index) or dict (key) grows; the argument itself unless given.
-        each: What grows is a tuple of tensors, and every one of them does, as in rotary `(cos, sin)`.
-        where: Where the text begins in it: `"tokens"` at row 0, as in the text stream; `"text_last"` behind
-            everything else, so that its last rows are those of the text; `"end"` puts the new rows behind all others.
-        full: A mask with a row and a column for each token: both grow.
-        per_token: It has a row for each token only sometimes (modulation); where it has none, it is left alone.
+        arg: Name of the block argument. It is not changed in calls that omit it or pass None.
+        dim: Dimension of the argument that counts text rows.
+        fill: Values of the new rows. `"first"` copies the row of the first text token, which suits rotary embeddings
+            without text positions. `"identity"` is a rotary embedding that rotates by zero, for rotary embeddings
+            whose first row is not text. A number is a constant: in an additive mask 0.0 keeps a key, in a
+            multiplicative mask 1.0 does. Defaults to `"first"`.
+        each: Whether the argument is a tuple of tensors that must all be extended, as in rotary `(cos, sin)`. Defaults
+            to False.
+        select: Index or key of the part of a tuple or dict that must be extended. Defaults to None: the argument
+            itself.
+        where: Position of the text in the argument. `"tokens"`: the text starts at row 0, and the new rows are
+            inserted where the tokens are inserted into the text stream. `"text_last"`: the text is in the last rows.
+            `"end"`: the new rows are appended after all others. Defaults to `"tokens"`.
+        full: Whether the argument is a mask with a row and a column per token, both of which must be extended.
+            Defaults to False.
+        per_token: Whether the argument has a row per token in some calls only, as modulation has; it is not changed in
+            the other calls. Defaults to False.
     """
 
     arg: str
@@ -47,28 +53,33 @@ class ExtendedArgument:
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Blocks of a denoiser that read text in the same way.
+    """A group of blocks of a denoiser that read text in the same way.
 
     Attributes:
-        path: Attribute of the denoiser: a `ModuleList` of blocks (or of such lists), or one block (or None). Dots lead
-            into submodules.
-        text: Name of the block argument that carries the text stream, `(batch, sequence, width)`. A tuple is accepted
-            at a call (IP-Adapter, image conditions): its first element is the text. Several names are several
-            streams, each with a part of every token: the width of a token is the sum of theirs.
-        returns: Index of the text stream in the block's output tuple; `"self"` when the block returns one tensor that
-            is the stream; None when a block reads text and returns none.
-        at: Row of the text stream before which the tokens are inserted, or the name of the block argument that says.
-        extended: What else grows.
-        stage: Name by which a config picks this group; None for groups whose blocks are numbered layers.
-        needs: Name of a boolean attribute of the block, or a predicate on the block; blocks for which it is False, or
-            that have no such attribute, read no text.
-        seq_dim: Sequence dimension of the text stream: 1, or 0 where the batch comes second or there is none.
-        limit: From the denoiser to how many of these blocks read text, counted from the first; all unless given.
-        level: `"block"` inserts the tokens into the block's text argument; `"kv"` into the inputs of its text
-            projections, for blocks that count the rows of their text before they project them.
-        projections: For level `"kv"`: those projections, submodules of the block.
-        adjust: Last resort, for what no word above can say: from the bound arguments of a call that already has the
-            tokens, and K, to the arguments that must differ.
+        path: Attribute of the denoiser that holds the blocks: a `ModuleList` of blocks or of such lists, or a single
+            block, which may be None. Dots separate the names of submodules.
+        text: Name of the block argument that is the text stream, `(batch, sequence, width)`. If a call passes a tuple
+            there (IP-Adapter, image conditions), its first element is the text stream. Several names mean several
+            text streams; each gets a part of every token, and the width of a token is the sum of their widths.
+        returns: Index of the text stream in the output tuple of the block; `"self"` if the block returns one tensor
+            that is the stream; None if the block does not return the text. Defaults to None.
+        at: Row of the text stream before which the tokens are inserted, or the name of the block argument that holds
+            this number. Defaults to 0.
+        extended: Other block arguments that must be extended by the tokens. Defaults to none.
+        stage: Name by which `SoftREPAConfig.stages` selects this group. Defaults to None, for groups whose blocks are
+            numbered layers.
+        needs: Name of a boolean attribute of the block, or a predicate on the block, that is true for blocks that read
+            text. A block without the attribute does not read text. Defaults to None: all blocks read text.
+        seq_dim: Sequence dimension of the text stream: 1, or 0 if the batch is the second dimension or there is no
+            batch dimension. Defaults to 1.
+        limit: Maps the denoiser to the number of these blocks that read text, counted from the first. Defaults to
+            None: all blocks.
+        level: `"block"` inserts the tokens into the text argument of the block. `"kv"` inserts them into the inputs of
+            the text projections, for blocks that count the text rows before they project them. Defaults to `"block"`.
+        projections: For level `"kv"`, paths of the text projections within the block. Defaults to
+            `("attn2.to_k", "attn2.to_v")`.
+        adjust: For changes that none of the other fields can express: maps the arguments of a call that contains the
+            tokens already, and K, to the arguments that must be replaced. Defaults to None.
     """
 
     path: str
@@ -86,11 +97,11 @@ class BlockGroup:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Names of the block arguments that carry text."""
+        """Names of the block arguments that are text streams."""
         return (self.text,) if isinstance(self.text, str) else self.text
 
     def reads_text(self, block: nn.Module) -> bool:
-        """Whether this block of the group reads text."""
+        """Returns whether a block of this group reads text."""
         if callable(self.needs):
             return self.needs(block)
         return self.needs is None or bool(getattr(block, self.needs, False))
@@ -98,18 +109,20 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class TimestepArgument:
-    """How the pipeline hands the noise level to the denoiser.
+    """The argument in which a denoiser gets the noise level, and its scale.
 
-    With `t` as the denoiser gets it, the noise level on the 0..1000 scale, 1000 being noise, is `scale * t + offset`,
-    or 1000 minus that for a reverse clock.
+    Timestep bins are defined on the 0..1000 scale, on which 1000 is pure noise. If the denoiser gets `t`, the noise
+    level on that scale is `scale * t + offset`, or 1000 minus that if `reverse` is set.
 
     Attributes:
-        arg: Name of the denoiser's argument; a number, a 0-d tensor, a tensor of shape `(batch,)`, or one with further
-            axes for tokens or frames of levels of their own. The noisiest of these counts.
-        scale: Factor to the 0..1000 scale on which timestep bins are defined.
-        reverse: The clock runs from 0 (noise) to 1000 (image) once it is scaled.
-        offset: Added behind the factor.
-        per_sample: The first axis is the batch. False for denoisers without a batch: the noisiest of all counts.
+        arg: Name of the denoiser argument. Its value is a number, a 0-d tensor, a tensor of shape `(batch,)`, or one
+            with further dimensions for tokens or frames that have noise levels of their own; the highest noise level
+            of a sample is used. Defaults to `"timestep"`.
+        scale: Factor that brings the value to the 0..1000 scale. Defaults to 1.
+        reverse: Whether the scaled value runs from 0 (noise) to 1000 (image). Defaults to False.
+        offset: Number added after scaling. Defaults to 0.
+        per_sample: Whether the first dimension is the batch. If False, the denoiser has no batch dimension, and the
+            highest noise level of all rows is used. Defaults to True.
     """
 
     arg: str = "timestep"
@@ -119,10 +132,13 @@ class TimestepArgument:
     per_sample: bool = True
 
     def level(self, timestep: Tensor) -> Tensor:
-        """Returns the noise level on the 0..1000 scale, float32, (batch,) or (1,).
+        """Returns the noise level on the 0..1000 scale, (batch,) or (1,) float32.
 
-        A timestep that a pipeline rounded to half precision may have slipped under the level that was meant; it is
-        lifted by the rounding error of its dtype.
+        Rounding a timestep to half precision may move it below the level that was meant, into the next bin. The
+        rounding error of the dtype is therefore added.
+
+        Args:
+            timestep: Value that the denoiser gets, of any shape and dtype.
         """
         exact = timestep.to(torch.float32) * self.scale
         slack = exact.abs() * (torch.finfo(timestep.dtype).eps / 2) if timestep.is_floating_point() else 0.0
@@ -132,26 +148,31 @@ class TimestepArgument:
         return level.reshape(-1) if self.per_sample else level.amax().reshape(1)
 
     def of_level(self, level: Tensor) -> Tensor:
-        """Returns what the denoiser gets for a noise level on the 0..1000 scale; the inverse of `level`."""
+        """Returns the value that the denoiser gets for a noise level on the 0..1000 scale; the inverse of `level`.
+
+        Args:
+            level: Noise level, of any shape.
+        """
         return ((1000.0 - level if self.reverse else level) - self.offset) / self.scale
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """Everything that soft tokens need to know about one denoiser class.
+    """Description of one denoiser class for soft tokens.
 
     Attributes:
-        name: The word for this family in configs and errors.
-        denoiser: Name of the denoiser's class; subclasses count.
-        groups: In the order in which the denoiser runs them.
-        width: From the denoiser's config to the width D of the text stream that the blocks read.
-        defaults: From the denoiser's config to the fields of a `SoftREPAConfig` that this family uses unless told
-            otherwise: `num_tokens`, `num_timestep_bins`, and `num_layers` or `stages`.
-        timestep: Where the noise level is and on which scale.
-        clock: From the denoiser's config to its timestep, for classes whose pipelines differ; `timestep` unless given.
-        guards: What refuses a call that cannot be right with tokens. Each gets the denoiser and the arguments of its
-            call by name, and returns a sentence that says what must hold, what came and what to do, or None.
-        timed_guards: The same for calls whose tokens depend on the timestep.
+        name: Name of the family in configurations and error messages.
+        denoiser: Name of the denoiser class. The spec also applies to its subclasses.
+        groups: Groups of blocks that read text, in the order in which the denoiser runs them.
+        width: Maps the config of the denoiser to the width D of the text stream that the blocks read.
+        defaults: Maps the config of the denoiser to the default fields of `SoftREPAConfig.for_denoiser`: `num_tokens`,
+            `num_timestep_bins`, and `num_layers` or `stages`.
+        timestep: The argument of the noise level, and its scale. Defaults to `timestep` from 1000 (noise) to 0.
+        clock: Maps the config of the denoiser to its `TimestepArgument`, for classes whose checkpoints differ in it.
+            Defaults to None: `timestep` is used.
+        guards: Checks of each denoiser call that has active soft tokens. A guard gets the denoiser and the arguments
+            of the call by name, and returns an error message, or None if the call is right. Defaults to none.
+        timed_guards: Guards that are called only if the tokens depend on the timestep. Defaults to none.
     """
 
     name: str
@@ -165,18 +186,24 @@ class FamilySpec:
     timed_guards: tuple[Guard, ...] = ()
 
     def timestep_of(self, config: Mapping[str, Any]) -> TimestepArgument:
-        """Returns where the noise level is, and on which scale, for a denoiser with this config."""
+        """Returns the argument of the noise level, and its scale, for a denoiser with this config."""
         return self.timestep if self.clock is None else self.clock(config)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the stages a config may pick; empty for families whose blocks are numbered layers."""
+        """Names of the stages that a configuration may select; empty for families with numbered layers."""
         return tuple(group.stage for group in self.groups if group.stage is not None)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a denoiser that reads text, and the group that says how."""
+    """A block of a denoiser that reads text.
+
+    Attributes:
+        path: Path of the block within the denoiser.
+        module: The block.
+        group: The group of the family spec that describes how the block reads text.
+    """
 
     path: str
     module: nn.Module
@@ -184,7 +211,12 @@ class Block:
 
 
 def text_blocks(denoiser: nn.Module, spec: FamilySpec) -> list[Block]:
-    """Returns the blocks of `denoiser` that read text, in running order."""
+    """Returns the blocks of a denoiser that read text, in the order in which they run.
+
+    Args:
+        denoiser: The frozen model.
+        spec: Its family spec.
+    """
     found = []
     for group in spec.groups:
         container: Any = denoiser
@@ -197,7 +229,7 @@ def text_blocks(denoiser: nn.Module, spec: FamilySpec) -> list[Block]:
 
 
 def _leaves(path: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the blocks in a list of blocks, or of lists of blocks, by path."""
+    """Yields path and module of each block in a block, a list of blocks, or a list of such lists."""
     if isinstance(module, nn.ModuleList):
         for name, child in module.named_children():
             yield from _leaves(f"{path}.{name}", child)
@@ -206,9 +238,13 @@ def _leaves(path: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Modul
 
 
 def layered_defaults(num_blocks: int, width: int) -> dict[str, Any]:
-    """Returns the published recipe for numbered layers: 4 tokens for each of the first 5 blocks, 100 timestep bins.
+    """Returns the published settings for numbered layers: 4 tokens for each of the first 5 blocks, 100 timestep bins.
 
-    Wide denoisers get fewer bins, so that an adapter stays under a million numbers.
+    Wide denoisers get fewer bins, so that an adapter has less than a million parameters.
+
+    Args:
+        num_blocks: Number of blocks that read text.
+        width: Width of the text stream.
     """
     tokens, layers = 4, min(5, num_blocks)
     bins = next(bins for bins in (100, 50, 20, 10, 5, 1) if bins == 1 or layers * width * (tokens + bins) < 1_000_000)
@@ -216,15 +252,20 @@ def layered_defaults(num_blocks: int, width: int) -> dict[str, Any]:
 
 
 def inner_width(config: Mapping[str, Any]) -> int:
-    """Returns the width of a transformer whose text has the width of its attention."""
+    """Returns the width of the text stream of a transformer whose text has the width of its attention."""
     return config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def named_width(name: str) -> Callable[[Mapping[str, Any]], int]:
-    """Returns the width function of a denoiser whose config has it under a name."""
+    """Returns a `FamilySpec.width` function that reads one entry of the config of a denoiser."""
     return lambda config: config[name]
 
 
 def recipe(width: Callable[[Mapping[str, Any]], int], *counts: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Returns the defaults function of `layered_defaults`; `counts` name the numbers of blocks in the config."""
+    """Returns a `FamilySpec.defaults` function for numbered layers.
+
+    Args:
+        width: Maps the config of a denoiser to the width of its text stream.
+        *counts: Names of the config entries whose sum is the number of blocks that read text.
+    """
     return lambda config: layered_defaults(sum(config[count] for count in counts), width(config))

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x, 2.x and XL, DreamLite, Kandinsky 3: UNets whose stages read text by cross-attention.
+"""UNets whose stages read text by cross-attention: Stable Diffusion 1.x, 2.x and XL, DreamLite, Kandinsky 3.
 
-Text is read and never returned, so nothing is cut off. One layer of tokens serves all blocks of the chosen stages; it
-goes in right after the first (BOS) token. Other stages see the plain text.
+The blocks do not return the text, so nothing is cut off. One layer of tokens is used for all blocks of the selected
+stages; it is inserted after the first (BOS) token. Other stages read the text without tokens.
 
 Source: SoftREPA, arXiv 2503.08250: SD1.5 uses the down stage with timestep bins, SDXL down and mid without.
 """

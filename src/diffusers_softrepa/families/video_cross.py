@@ -1,4 +1,4 @@
-"""Other video transformers that read text by cross-attention, and the UNets: AnimateDiff, ModelScope, I2VGen-XL."""
+"""Video transformers other than Wan that read text by cross-attention, and video UNets."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ _WIDTH = named_width("cross_attention_dim")
 _BIAS = ExtendedArgument("encoder_attention_mask", dim=2, fill=0.0)
 _READ = BlockGroup("transformer_blocks", text="encoder_hidden_states", extended=(_BIAS,))
 
-# Timesteps may differ from token to token.
+# Timesteps may differ between tokens.
 LTX = FamilySpec(
     name="ltx",
     denoiser="LTXVideoTransformer3DModel",
@@ -23,7 +23,7 @@ LTX = FamilySpec(
 ALLEGRO = replace(LTX, name="allegro", denoiser="AllegroTransformer3DModel")
 SANA_VIDEO = replace(LTX, name="sana-video", denoiser="SanaVideoTransformer3DModel")
 
-# Blocks between frames have lists of their own and read no text; the others see the text once for each frame.
+# Temporal blocks are in lists of their own and read no text. Spatial blocks read the text once per frame.
 LATTE = replace(LTX, name="latte", denoiser="LatteTransformer3DModel")
 ANIMATE_DIFF = replace(UNET, name="animate-diff", denoiser="UNetMotionModel")
 UNET3D = replace(
@@ -39,7 +39,7 @@ def _ltx2_width(config: Mapping[str, Any]) -> int:
     return config["cross_attention_dim"] + config["audio_cross_attention_dim"]
 
 
-# Picture and sound read a text stream each: a token has a part in both.
+# Video and audio have a text stream each, and a token has a part in both.
 LTX2 = FamilySpec(
     name="ltx2",
     denoiser="LTX2VideoTransformer3DModel",

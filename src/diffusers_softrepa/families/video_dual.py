@@ -1,7 +1,7 @@
-"""Video transformers with a text stream and a video stream of their own in each block (MM-DiT).
+"""Dual-stream video transformers (MM-DiT): blocks with separate text and video streams.
 
-Text has no rotary positions in any of them. Where blocks get a mask over video and text, the text's columns are its
-last, and what counts of the text comes before its padding, as do the tokens.
+The text has no rotary positions. In masks over video and text, the last columns are those of the text. Valid text rows
+come before padding, and tokens before both.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ HUNYUAN_VIDEO = FamilySpec(
 HUNYUAN_VIDEO_FRAMEPACK = replace(
     HUNYUAN_VIDEO, name="hunyuan-video-framepack", denoiser="HunyuanVideoFramepackTransformer3DModel"
 )
-# The mask is over the text alone, whose rows (image, glyphs, text) are sorted by whether they count.
+# The mask covers the text stream alone, whose rows (image, glyphs, text) are sorted with valid rows first.
 HUNYUAN_VIDEO_15 = FamilySpec(
     name="hunyuan-video-1.5",
     denoiser="HunyuanVideo15Transformer3DModel",
@@ -53,7 +53,7 @@ COGVIDEOX = FamilySpec(
 CONSIS_ID = replace(COGVIDEOX, name="consis-id", denoiser="ConsisIDTransformer3DModel")
 EASY_ANIMATE = replace(COGVIDEOX, name="easy-animate", denoiser="EasyAnimateTransformer3DModel")
 
-# Attention drops masked rows and pads at the end what it returns: only what counts and comes first stays in its row.
+# Attention drops masked rows and pads its output at the end, so only valid rows at the front keep their place.
 _MOCHI_WIDTH = named_width("pooled_projection_dim")
 MOCHI = FamilySpec(
     name="mochi",
@@ -74,8 +74,8 @@ def _motif_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return layered_defaults(depth, inner_width(config))
 
 
-# The rows of a first frame stand before the text, and a further attention of the block reads only what is behind them.
-# The last single blocks decode: what they get in place of text is video.
+# The rows of a first frame come before the text, and a second attention of the block reads only the rows after them.
+# The last single blocks are decoders, which get video in place of text.
 MOTIF_VIDEO = FamilySpec(
     name="motif-video",
     denoiser="MotifVideoTransformer3DModel",

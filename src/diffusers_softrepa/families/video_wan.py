@@ -1,11 +1,12 @@
-"""Wan and what was made from it: text is read by cross-attention, after a projection to the width of the model.
+"""Wan and related video transformers, which read text by cross-attention.
 
-Variants that also see a reference image have its rows in front of the text in one sequence, and their attention counts
-the last 512 rows as text before it projects the two apart. Soft tokens in that sequence would be counted as text and
-push as many rows of it to the image. So in blocks with projections for an image (`attn2.add_k_proj`) the tokens go to
-the inputs of the text's own projections, behind the split; in all others to the block's text, which is the same.
+Variants that read a reference image have the image rows before the text rows in one sequence. Their attention takes
+the last 512 rows as text before it projects text and image separately. Soft tokens in that sequence would count as
+text and move as many text rows to the image. In blocks with image projections (`attn2.add_k_proj`) the tokens are
+therefore inserted into the inputs of the text projections, after the split. In all other blocks they are inserted into
+the text argument of the block, which has the same effect.
 
-Text is padded with zeros to 512 rows and not masked.
+The text is padded with zeros to 512 rows and is not masked.
 """
 
 from collections.abc import Mapping
@@ -33,12 +34,12 @@ def _fused_projections(denoiser: Any, arguments: Mapping[str, Any]) -> str | Non
     if not any(block.attn2.fused_projections for block in denoiser.blocks if _counts_rows(block)):
         return None
     return (
-        f"soft tokens go into {type(denoiser).__name__} at the inputs of attn2.to_k and attn2.to_v, since it sees an "
-        "image, but its projections are fused, and these are not run; call unfuse_qkv_projections() on it"
+        f"soft tokens are inserted into the inputs of attn2.to_k and attn2.to_v of this {type(denoiser).__name__}, "
+        "which reads an image, but its projections are fused, so these do not run; call unfuse_qkv_projections() on it"
     )
 
 
-# Timesteps may differ from token to token (Wan 2.2 TI2V).
+# Timesteps may differ between tokens (Wan 2.2 TI2V).
 WAN = FamilySpec(
     name="wan",
     denoiser="WanTransformer3DModel",
@@ -49,7 +50,7 @@ WAN = FamilySpec(
 )
 CHRONO_EDIT = replace(WAN, name="chrono-edit", denoiser="ChronoEditTransformer3DModel")
 WAN_ANIMATE = replace(WAN, name="wan-animate", denoiser="WanAnimateTransformer3DModel")
-# With diffusion forcing each frame has a timestep of its own.
+# With diffusion forcing each frame has its own timestep.
 SKYREELS_V2 = replace(WAN, name="skyreels-v2", denoiser="SkyReelsV2Transformer3DModel")
 
 
@@ -57,7 +58,7 @@ def _vace_depth(config: Mapping[str, Any]) -> int:
     return len(config["vace_layers"]) + config["num_layers"]
 
 
-# Blocks that read the control video run first and read the text as well; layers are counted from them on.
+# Blocks that read the control video also read the text and run first, so layers are counted from them.
 WAN_VACE = replace(
     WAN,
     name="wan-vace",
@@ -68,7 +69,7 @@ WAN_VACE = replace(
 
 _READ = BlockGroup("blocks", text="encoder_hidden_states")
 
-# Text and image share their projections, so nothing counts rows.
+# Text and image share their projections, so attention does not count rows.
 ANYFLOW = FamilySpec(
     name="anyflow",
     denoiser="AnyFlowTransformer3DModel",
@@ -80,8 +81,8 @@ ANYFLOW_FAR = replace(ANYFLOW, name="anyflow-far", denoiser="AnyFlowFARTransform
 HELIOS = replace(ANYFLOW, name="helios", denoiser="HeliosTransformer3DModel")
 
 _DIM = named_width("dim")
-# Text and image come apart. A first pass over a reference video reads text too and stores what later ones attend to,
-# with the tokens of the timestep that it is called with.
+# Text and image are separate arguments. A first pass over a reference video also reads the text and stores keys for
+# later passes; it uses the tokens of its own timestep.
 WAN_ANIMATE2 = FamilySpec(
     name="wan-animate-2",
     denoiser="WanAnimate2Transformer3DModel",

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from ..files import parse_json
 from ..noising import TimestepDensity
 from ..objectives import AGSM, Contrastive, Denoising, Logits, Objective, SoftRank
 from ..quoting import quoted
@@ -24,7 +25,7 @@ from ..quoting import quoted
 ObjectiveName = Literal["softrepa", "agsm", "soft_rank", "denoising"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
-# Former name -> the name that transformers or the scripts of diffusers have for the same.
+# Former names of settings -> the names of transformers or the scripts of diffusers.
 RENAMED = {
     "hub_private": "hub_private_repo",
     "optimizer": "optim",
@@ -36,7 +37,7 @@ RENAMED = {
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings under their present names; warns of former ones, of files and programs written before.
+    """Returns settings under their present names, with a warning for each former name.
 
     Raises:
         ValueError: A setting is given under both names.
@@ -52,7 +53,7 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(cls: Any) -> Any:
-    """Gives each field the text of the docstring as its help on the command line, and lets former names in."""
+    """Gives each field the text of the docstring as its help on the command line, and accepts former names."""
     lines = re.sub(r"\n {8,}", " ", inspect.cleandoc(cls.__doc__)).split("\n")
     found = (re.fullmatch(r" {4}(\w+): (.*)", line) for line in lines)
     help_of = {line[1]: line[2] for line in found if line}
@@ -76,92 +77,92 @@ class ContrastiveFlowMatchingArguments:
     Where transformers' `TrainingArguments` or the training scripts of diffusers have a setting, it has their name.
 
     Attributes:
-        output_dir: Folder of checkpoints, logs, pictures and the trained adapter.
-        objective: softrepa (contrastive), agsm (two banks, bounded), soft_rank (bounded ranking) or denoising (no
-            contrast).
-        logits: Of softrepa: exponential as published, or linear (InfoNCE).
-        temperature: Temperature of the objective, in units of the errors (soft_rank: of their spread). None for its
-            own default, 0.07 for softrepa; where exponential logits would vanish at that, None chooses linear logits
-            and a temperature by the errors of the first batches.
-        logit_scale: Scale S of softrepa's exponential logits.
-        denoising_weight: Weight W of softrepa's denoising term. None for the published one: 0 for flow matching, 10
+        output_dir: Folder of checkpoints, logs, images and the trained adapter.
+        objective: softrepa (contrastive), agsm (two token banks, bounded), soft_rank (bounded ranking) or denoising
+            (no contrast).
+        logits: Logits of softrepa: exponential as published, or linear (InfoNCE).
+        temperature: Temperature of the objective, in units of the errors (soft_rank: of their spread). None is the
+            objective's default, 0.07 for softrepa; where exponential logits would have no gradient at that, linear
+            logits and a temperature are chosen from the errors of the first batches.
+        logit_scale: Scale of softrepa's exponential logits.
+        denoising_weight: Weight of softrepa's denoising term. None is the published one: 0 for flow matching, 10
             otherwise.
-        resolution: Side of the square images in pixels, or of a square of the same area with buckets.
-        aspect_buckets: Keep aspect ratios: group images into buckets of about equal area.
+        resolution: Side of the square images in pixels; with buckets, side of a square of their area.
+        aspect_buckets: Keep aspect ratios, by sorting images into sizes of about equal area.
         random_crop: Crop at a random place instead of the centre.
         random_flip: Mirror images at random. Makes captions that say left or right wrong.
-        image_column: Column of the images; found by its name unless given.
-        caption_column: Column of the caption or captions; found by its name unless given.
+        image_column: Column of the images. None finds it by its usual names.
+        caption_column: Column of the caption or captions. None finds it by its usual names.
         negative_caption_column: Column of captions written to be wrong for the image.
-        dataloader_num_workers: Workers, threads of this process, that read and decode images ahead; 0 for none.
+        dataloader_num_workers: Threads that read and decode images ahead; 0 for none.
         max_broken: Share of examples that may be unreadable before training stops.
         cache_latents: Keep latents on disk. Fixes each image's crop.
         cache_text: Keep encoded captions on disk.
-        cache_dir: Folder of the caches; output_dir/cache unless given.
-        max_cache_gigabytes: Caches that would be larger are refused before they are started.
+        cache_dir: Folder of the caches. None is output_dir/cache.
+        max_cache_gigabytes: Size beyond which caches are refused before they are written.
         train_batch_size: Images in a batch of one process; their captions are each other's negatives.
-        gradient_accumulation_steps: Batches whose gradients are averaged for one step; 1 leaves it to accelerate's own
-            settings.
+        gradient_accumulation_steps: Batches whose gradients are averaged for one step. 1 takes accelerate's own
+            setting.
         num_train_epochs: Passes over the data, unless max_steps is given.
         max_steps: Optimizer steps of the whole run.
-        pair_chunk_size: Pairs that run at once; 16 unless given, halved when memory runs out.
-        num_backward_negatives: Sampled negatives that each image trains, without bias; all unless given.
+        pair_chunk_size: Pairs that run at once. None is 16; halved when memory runs out.
+        num_backward_negatives: Sampled negatives that each image trains, without bias. None trains all.
         learning_rate: Learning rate.
-        optim: Class of torch.optim, also in transformers' spelling (adamw_torch), or the import path of any optimizer.
-        optim_args: Its other arguments, as name=value pairs with commas between them, or as JSON.
+        optim: Class of torch.optim, also in transformers' spelling (adamw_torch); prodigy, schedule_free, adamw_8bit,
+            lion and other short names of installed packages; or the import path of any optimizer.
+        optim_args: Other arguments of the optimizer, as name=value pairs with commas between them, or as JSON.
         lr_scheduler: warm_restarts as published, or a name that diffusers.optimization.get_scheduler knows.
         lr_warmup_steps: Steps of linear warm-up, for diffusers' schedules.
-        lr_restart_period: Of warm_restarts: updates of the rate between restarts.
-        lr_update_steps: Of warm_restarts: optimizer steps between updates of the rate.
-        lr_floor: Of warm_restarts: lowest rate.
-        max_grad_norm: Clip the norm of the gradient; not clipped unless given.
+        lr_restart_period: Updates of the rate between restarts, for warm_restarts.
+        lr_update_steps: Optimizer steps between updates of the rate, for warm_restarts.
+        lr_floor: Lowest rate, for warm_restarts.
+        max_grad_norm: Norm to which the gradient is clipped. None does not clip.
         ema_decay: Decay of a moving average of the tokens, which is then what is saved.
-        timestep_density: uniform, logit_normal or shifted.
-        logit_mean: Of logit_normal: mean; above 0 favours noise.
-        logit_std: Of logit_normal: standard deviation.
-        timestep_shift: Of shifted: shift; above 1 favours noise.
-        min_timestep: Timesteps below are not trained: density is squeezed into [min, max).
-        max_timestep: Timesteps from here on are not trained.
-        share_timestep: One timestep for the whole batch, as published.
-        share_noise: One noise for the whole batch, as published.
-        mixed_precision: Precision of the frozen models, tokens stay float32: that of `accelerate launch` or its config
-            file unless given, no without either.
+        timestep_density: Density of the timesteps: uniform, logit_normal or shifted.
+        logit_mean: Mean of logit_normal; above 0 gives more noise.
+        logit_std: Standard deviation of logit_normal.
+        timestep_shift: Shift of shifted; above 1 gives more noise.
+        min_timestep: Lowest timestep that is trained; the density is squeezed into [min, max).
+        max_timestep: Timestep below which all trained timesteps lie.
+        share_timestep: Draw one timestep for the whole batch, as published.
+        share_noise: Draw one noise for the whole batch, as published.
+        mixed_precision: Precision of the frozen models (no, fp16 or bf16); tokens stay float32. None takes the
+            precision of `accelerate launch` or its config file, else no.
         gradient_checkpointing: Run the denoiser's blocks again in the backward pass to save memory.
-        max_sequence_length: Text tokens per caption, where the family leaves a choice; the published number unless
-            given.
-        seed: Of tokens, data order, noise and timesteps.
+        max_sequence_length: Text tokens of a caption, where the family leaves a choice. None is the published number.
+        seed: Seed of tokens, data order, noise and timesteps.
         logging_steps: Steps between log entries.
         report_to: Trackers: tensorboard, wandb, ... or none.
         validation_prompts: Prompts drawn with and without the tokens while training.
-        eval_steps: Steps between validation pictures and held-out evaluations.
-        validation_seed: Seed of the validation pictures.
-        num_validation_inference_steps: Sampling steps of the validation pictures.
-        validation_guidance_scale: Guidance of the validation pictures; the pipeline's if not given.
-        num_evaluation_batches: Held-out batches that an evaluation reads.
-        metric_for_best_model: Held-out figure by which the adapter in output_dir/best is the best.
-        greater_is_better: Whether that figure is better when it is greater.
+        eval_steps: Steps between evaluations, of eval_dataset and of the validation prompts.
+        validation_seed: Seed of the validation images.
+        num_validation_inference_steps: Sampling steps of the validation images.
+        validation_guidance_scale: Guidance scale of the validation images. None is the pipeline's.
+        num_evaluation_batches: Batches that an evaluation reads.
+        metric_for_best_model: Metric of an evaluation by which the adapter in output_dir/best is the best.
+        greater_is_better: Whether that metric is better when it is greater.
         save_steps: Steps between checkpoints.
-        checkpoints_total_limit: Checkpoints that are kept; the oldest go first.
+        checkpoints_total_limit: Checkpoints that are kept; the oldest are removed first.
         resume_from_checkpoint: A checkpoint folder, or latest.
-        max_nonfinite_steps: Steps in a row whose loss is NaN or infinite before training stops.
-        push_to_hub: Share the trained adapter on the Hub.
-        hub_model_id: Repository; the output folder's name in your namespace unless given.
-        hub_private_repo: Whether a repository made now is private.
-        hub_license: Licence for the model card, such as apache-2.0; none unless given.
-        hub_token: Token; the stored one unless given.
+        max_nonfinite_steps: Steps in a row with a NaN or infinite loss before training stops.
+        push_to_hub: Push the trained adapter to the Hub.
+        hub_model_id: Repository. None is the output folder's name in your namespace.
+        hub_private_repo: Whether a repository created now is private.
+        hub_license: Licence in the model card, such as apache-2.0.
+        hub_token: Token. None is the stored one.
         dry_run: Print steps, parameters and memory, and stop.
         further_resolutions: Resolutions in which an epoch has every image besides resolution.
         proportion_empty_prompts: Share of the images, drawn per image and epoch, whose caption is left out.
-        snr_gamma: Min-SNR weighting of the images by their timestep, for models that predict noise or v; 5 is usual.
+        snr_gamma: Gamma of min-SNR weights, for models that predict noise or v; 5 is usual.
         torch_compile: Compile the denoiser.
-        torch_compile_backend: Backend of torch.compile; inductor unless given.
+        torch_compile_backend: Backend of torch.compile. None is inductor.
         torch_compile_mode: Mode of torch.compile, such as max-autotune.
 
     Raises:
         ValueError: A field is out of range, or two contradict each other.
     """
 
-    # What callbacks of transformers ask for besides: `EarlyStoppingCallback` reads them.
+    # transformers' `EarlyStoppingCallback` reads these two.
     eval_strategy: ClassVar[str] = "steps"
     load_best_model_at_end: ClassVar[bool] = False
 
@@ -263,15 +264,14 @@ class ContrastiveFlowMatchingArguments:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, but is {quoted(value)}")
         self._check_types()
-        for side in self.further_resolutions:
-            if side < 1:
-                raise ValueError(f"further_resolutions must be whole numbers of pixels, but one is {side!r}")
+        if any(side < 1 for side in self.further_resolutions):
+            raise ValueError(
+                f"further_resolutions must be positive numbers of pixels, but are {self.further_resolutions}"
+            )
         if not 0 <= self.proportion_empty_prompts < 1:
             raise ValueError(
                 f"proportion_empty_prompts must be at least 0 and below 1, but is {self.proportion_empty_prompts!r}"
             )
-        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
-            raise ValueError(f"snr_gamma must be a positive number, or None, but is {self.snr_gamma!r}")
         for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
             value, positive = getattr(self, name), name in _POSITIVE.split()
             if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
@@ -311,7 +311,7 @@ class ContrastiveFlowMatchingArguments:
                 raise ValueError(f"{name} must be {wanted}, but is {quoted(getattr(self, name))}")
 
     def _follow_accelerate(self) -> None:
-        """Takes over what `accelerate launch` and its config file say, which come as environment variables."""
+        """Takes over the settings of `accelerate launch` and its config file, which come as environment variables."""
         said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.mixed_precision is None and said not in get_args(MixedPrecision):
             raise ValueError(
@@ -345,12 +345,10 @@ class ContrastiveFlowMatchingArguments:
                 denoising weight depends on it.
         """
         given = {} if self.temperature is None else {"temperature": self.temperature}
-        if self.objective == "agsm":
-            return AGSM(**given)
-        if self.objective == "soft_rank":
-            return SoftRank(**given)
         if self.objective == "denoising":
             return Denoising()
+        if self.objective != "softrepa":
+            return AGSM(**given) if self.objective == "agsm" else SoftRank(**given)
         weight = self.denoising_weight
         if weight is None:
             weight = 0.0 if prediction == "flow" else 10.0
@@ -362,7 +360,7 @@ class ContrastiveFlowMatchingArguments:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; whole numbers are numbers, truth values are not."""
+    """Returns whether a value is of a field's type; integers are floats too, booleans are not."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:
@@ -384,7 +382,7 @@ def _named_values(given: Any) -> dict[str, Any]:
             call: Any = ast.parse(f"f({given})", mode="eval").body
             found = {word.arg: ast.literal_eval(word.value) for word in call.keywords} if not call.args else None
         elif isinstance(given, str):
-            found = json.loads(given)
+            found = parse_json(given, "optim_args")
     except (SyntaxError, ValueError):
         found = None
     if not isinstance(found, dict):
@@ -395,6 +393,7 @@ def _named_values(given: Any) -> dict[str, Any]:
 _COUNTS = """resolution train_batch_size gradient_accumulation_steps num_train_epochs max_steps pair_chunk_size
 num_backward_negatives lr_restart_period lr_update_steps logging_steps eval_steps num_validation_inference_steps
 num_evaluation_batches save_steps checkpoints_total_limit max_nonfinite_steps max_sequence_length"""
-_POSITIVE = "learning_rate logit_std timestep_shift temperature logit_scale max_grad_norm max_cache_gigabytes"
+_POSITIVE = """learning_rate logit_std timestep_shift temperature logit_scale max_grad_norm max_cache_gigabytes
+snr_gamma"""
 _AT_LEAST_ZERO = """denoising_weight max_broken lr_floor lr_warmup_steps dataloader_num_workers seed validation_seed
 validation_guidance_scale"""

@@ -1,19 +1,18 @@
-"""Callbacks: what happens around the steps of a run, by the event names of transformers' `TrainerCallback`.
+"""Callbacks with the events of transformers' `TrainerCallback`.
 
 Every event is called with `(args, state, control, **given)`. `state` is a `TrainerState` (`global_step`, `max_steps`,
-`epoch`, `best_metric`, `log_history`), `control` says what the trainer shall do next, and `given` always holds
-`trainer`, `model` (the denoiser), `optimizer`, `lr_scheduler` and `train_dataloader`, besides what is named here:
+`epoch`, `best_metric`, `log_history`), `control` holds what the trainer does next, and `given` always holds
+`trainer`, `model` (the denoiser), `optimizer`, `lr_scheduler` and `train_dataloader`, and in addition:
 
-- `on_train_begin`: nothing is encoded yet; `on_train_end`: the last step is done, or the run stops to go on later
+- `on_train_begin`: before captions or images are encoded; `on_train_end`: after the last step, or when the run stops
 - `on_epoch_begin`, `on_epoch_end`, `on_step_begin`, `on_step_end`
 - `on_substep_end`: `pairs` (`PairBatch`) and `outcome` (`PairStep`) of one of the batches of the step
 - `on_pre_optimizer_step`: `loss`, `gradient_norm` and `batches`; `on_optimizer_step`: the tokens are new
-- `on_log`: `logs`; `on_evaluate`: `metrics`; `on_save`: a checkpoint is there
+- `on_log`: `logs`; `on_evaluate`: `metrics`; `on_save`: after a checkpoint was written
 - `on_exception`: `error`, which ends the run; only callbacks that define it are called
 
-The trainer's own habits are callbacks too, called before the user's: the schedule of logs, evaluations and checkpoints
-(`FlowCallback`), stopping (`StopCallback`, `RescueCallback`), steps that are not finite (`NonfiniteCallback`), and in
-the rooms of what they do `LogCallback`, `ProgressCallback`, `ValidationCallback` and `ReportCallback`.
+The trainer's own callbacks come first: `LogCallback` and `ProgressCallback` (module `log`), `FlowCallback`,
+`StopCallback`, `RescueCallback`, `NonfiniteCallback`, `ValidationCallback` (`validation`), `ReportCallback` (`card`).
 """
 
 import json
@@ -40,11 +39,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainerControl(_TrainerControl):
-    """What the trainer shall do next: transformers' `should_log`, `should_evaluate`, ..., and two more.
+    """What the trainer does next: transformers' `should_log`, `should_evaluate`, ..., and two more.
 
     Attributes:
-        should_skip_step: The tokens stay as they are in this step.
-        should_pause: With `should_training_stop`: the run goes on another time, so nothing is reported or pushed yet.
+        should_skip_step: Whether this step leaves the tokens unchanged.
+        should_pause: With `should_training_stop`, whether the run will be resumed, so that nothing is reported or
+            pushed yet.
     """
 
     should_skip_step: bool = False
@@ -56,14 +56,14 @@ class Callbacks:
     """Calls callbacks in their order.
 
     Args:
-        callbacks: Callbacks, or classes of them that are made without arguments.
+        callbacks: Callbacks, or callback classes without arguments.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
         self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
 
     def call(self, event: str, args: Any, state: TrainerState, control: Any, **given: Any) -> TrainerControl:
-        """Calls an event; returns the control, which a callback may replace."""
+        """Calls an event and returns the control, which a callback may replace."""
         for callback in self.callbacks:
             method = getattr(callback, event, None)  # a callback written for transformers has no `on_exception`
             control = (method(args, state, control, **given) if method else None) or control
@@ -72,7 +72,7 @@ class Callbacks:
 
 @final
 class FlowCallback(TrainerCallback):
-    """Logs, evaluates, saves and ends by the settings' numbers of steps."""
+    """Logs, evaluates, saves and stops at the steps of the settings."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         control.should_evaluate = state.global_step == 0
@@ -87,13 +87,12 @@ class FlowCallback(TrainerCallback):
 
 @final
 class StopCallback(TrainerCallback):
-    """Lets the step in progress end, and be saved, when the run is asked to stop by SIGTERM, SIGINT or SIGHUP.
+    """Stops and saves the run after the present step on SIGTERM, SIGINT or SIGHUP; a second SIGINT stops at once.
 
-    A second SIGINT stops at once. What the program was told to ignore (`nohup`) stays ignored; only the main thread
-    can listen.
+    Signals that the program ignores (`nohup`) stay ignored, and signals reach the main thread only.
 
     Attributes:
-        asked: Whether this process was asked.
+        asked: Whether this process got a signal.
     """
 
     def __init__(self) -> None:
@@ -110,10 +109,10 @@ class StopCallback(TrainerCallback):
                 self._former[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        self.heed(control, given["trainer"].accelerator)
+        self.stop_if_asked(control, given["trainer"].accelerator)
 
-    def heed(self, control: Any, accelerator: Any) -> None:
-        """Stops the run, to go on another time, if any process was asked."""
+    def stop_if_asked(self, control: Any, accelerator: Any) -> None:
+        """Stops the run, to be resumed later, if any process got a signal."""
         asked = torch.tensor([int(self.asked)], device=accelerator.device)
         if accelerator.gather(asked).any() and not control.should_training_stop:
             control.should_training_stop = control.should_pause = True
@@ -133,7 +132,7 @@ class StopCallback(TrainerCallback):
 
 @final
 class RescueCallback(TrainerCallback):
-    """Saves the last whole step when an error ends the run; a second SIGINT is none, and loses what was not saved."""
+    """Saves the last complete step when an `Exception` ends the run; a second SIGINT raises none and saves nothing."""
 
     def on_exception(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         trainer, error = given["trainer"], given["error"]
@@ -141,7 +140,7 @@ class RescueCallback(TrainerCallback):
             return
         try:
             saved = trainer.save_last_step()
-        except Exception as further:  # a full disk, say; the first error is the one to tell
+        except Exception as further:  # such as a full disk; the first error is raised
             logger.warning("the last step could not be saved either: %s", further)
             return
         if saved is not None:
@@ -150,22 +149,22 @@ class RescueCallback(TrainerCallback):
 
 @final
 class NonfiniteCallback(TrainerCallback):
-    """Skips steps whose loss or gradient is NaN or infinite, lists their batches, and ends a run of too many.
+    """Skips steps with a NaN or infinite loss or gradient, writes their batches to a file, and stops after too many.
 
     Where float16 gradients overflow, the loss scale is halved instead.
 
     Attributes:
-        in_a_row: How many steps were skipped since the last good one; kept in checkpoints.
+        in_a_row: Steps that were skipped since the last finite one; checkpoints hold it.
     """
 
     def __init__(self) -> None:
         self.in_a_row = 0
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        """Decides on a step.
+        """Skips the step where its loss or gradient is not finite.
 
         Raises:
-            FloatingPointError: It was one too many in a row.
+            FloatingPointError: It was the step number `max_nonfinite_steps` in a row.
         """
         loss, gradient_norm = given["loss"], given["gradient_norm"]
         if math.isfinite(loss) and math.isfinite(gradient_norm):

@@ -1,10 +1,9 @@
-"""Checkpoints of a run: written whole or not at all, and read back without running any pickled code.
+"""Checkpoints of a run, written completely or not at all, and read without running pickled code.
 
-A checkpoint is a folder `checkpoint-<step>` with the adapter, as `load_softrepa` reads it, `training_state.pt`
-(settings, optimizer, schedule, moving average, position in the data, counters), and `manifest.json`: the SHA-256 of
-these files, by which damage is seen. All of it is on the disk before the folder has its name. Noise, timesteps and the
-order of the data are drawn from the seed and the step, so a resumed run draws what the interrupted one would have
-drawn.
+A checkpoint is a folder `checkpoint-<step>` with the adapter, which `load_softrepa` reads, `training_state.pt`
+(settings, optimizer, schedule, moving average, position in the data, counters), and `manifest.json` with the SHA-256
+of these files. All files are on the disk before the folder gets its name. Noise, timesteps and the order of the data
+are drawn from the seed and the step, so a resumed run draws the numbers that the interrupted one would have drawn.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 _STATE = frozenset(
     ["settings", "step", "best", "nonfinite_steps", "recent", "loss_scale", "optimizer", "schedule", "average", "data"]
 )
-# All others decide how training goes, or where the data stands, which the loader checks.
+# Settings that a resumed run may change; the loader checks those that the position in the data depends on.
 # fmt: off
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "train_batch_size", "pair_chunk_size", "gradient_checkpointing",
@@ -52,15 +51,15 @@ _MAY_CHANGE = frozenset((
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that cannot be read as it was written: a file is missing, cut off or changed."""
+    """A checkpoint with a file that is missing, cut off or changed."""
 
 
 class Checkpoints:
     """The checkpoints in an output folder.
 
     Args:
-        output_dir: The folder.
-        limit: How many are kept; None for all.
+        output_dir: The output folder.
+        limit: Number of checkpoints that are kept; defaults to None, all.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], limit: int | None = None) -> None:
@@ -71,7 +70,7 @@ class Checkpoints:
         """Writes the checkpoint of a step and removes the oldest beyond the limit.
 
         Raises:
-            OSError: The disk is full or not to be written; the checkpoints before this one are untouched.
+            OSError: The disk is full or cannot be written; the earlier checkpoints are untouched.
         """
         final = self._folder / f"checkpoint-{step}"
         partial = self._folder / f".checkpoint-{step}.partial"
@@ -109,13 +108,13 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def read(self, wanted: str) -> "Checkpoint | None":
-        """Returns what is in the checkpoint that `resume_from_checkpoint` means; None for `latest` before the first.
+        """Returns the checkpoint that `resume_from_checkpoint` names; None for `latest` before the first one.
 
-        `latest` is the newest one that is whole: damaged ones are left out with a warning.
+        `latest` is the newest one that is not damaged; damaged ones are skipped with a warning.
 
         Raises:
             ValueError: There is no such checkpoint.
-            DamagedCheckpoint: It is damaged, or all are; the message names the newest whole one before it.
+            DamagedCheckpoint: It is damaged, or all are; the message names the newest undamaged one before it.
         """
         if wanted != "latest":
             return self._read_one(self._find(wanted))
@@ -131,12 +130,10 @@ class Checkpoints:
         return None
 
     def check_none_after(self, step: int) -> None:
-        """Refuses to train from `step` on where later checkpoints are, which would be mixed with the new ones.
-
-        Damaged ones do not count: the run will write them again.
+        """Checks that the folder has no undamaged checkpoints of later steps, which the run would mix with its own.
 
         Raises:
-            ValueError: There are some.
+            ValueError: It has.
         """
         later = [path.name for path in self.all() if _step_of(path) > step and _is_whole(path)]
         if later:
@@ -146,14 +143,10 @@ class Checkpoints:
             )
 
     def check_room(self, num_bytes: int, count: int) -> None:
-        """Refuses a run whose checkpoints would not fit on the disk.
-
-        Args:
-            num_bytes: Of one checkpoint.
-            count: How many the run will write, if none is removed.
+        """Checks that the disk has room for `count` checkpoints of `num_bytes` each, or for as many as are kept.
 
         Raises:
-            OSError: The disk has less free.
+            OSError: It has not.
         """
         count = min(count, self._limit + 1) if self._limit else count  # the oldest goes when the newest is there
         there = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
@@ -167,13 +160,13 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the folder while it lasts; the system lifts the lock when the process ends.
+        """Locks the folder against other runs inside the block; the system ends the lock when the process ends.
 
-        Where the system or the disk knows no such locks, there is none.
+        There is no lock on Windows, and on disks without locks.
 
         Raises:
-            ValueError: Another run has the folder.
-            OSError: The folder cannot be made.
+            ValueError: Another run has the lock.
+            OSError: The folder cannot be created.
         """
         if self._folder.is_file():
             raise ValueError(f"output_dir must be a folder, but {self._folder} is a file; name a folder")
@@ -217,7 +210,7 @@ class Checkpoints:
             raise DamagedCheckpoint(f"{error}; {advice}") from error
 
     def _remove(self, checkpoint: Path) -> None:
-        """Removes a checkpoint so that it is never seen in part."""
+        """Removes a checkpoint under another name, so that no incomplete one is ever found."""
         dying = self._folder / f".{checkpoint.name}.old"
         _remove_all(dying)
         os.replace(checkpoint, dying)
@@ -226,13 +219,13 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         path: Its folder.
-        config: Of the adapter.
-        tensors: Of the adapter.
-        state: As `Checkpoints.save` was given it.
+        config: Config of the adapter.
+        tensors: Tensors of the adapter.
+        state: The state that `Checkpoints.save` was given.
     """
 
     path: Path
@@ -241,10 +234,10 @@ class Checkpoint:
     state: dict[str, Any]
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Compares the settings that it was saved under with those of the run that goes on.
+        """Compares the settings that it was saved under with those of the run that resumes it.
 
         Raises:
-            ValueError: A setting that decides how training goes is another one.
+            ValueError: A setting that the result depends on is different.
         """
         saved = {RENAMED.get(name, name): value for name, value in self.state["settings"].items()}
         names = [name for name in settings if name in saved and name not in _MAY_CHANGE]
@@ -257,10 +250,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint without running any pickled code.
+    """Reads a checkpoint without running pickled code.
 
     Raises:
-        DamagedCheckpoint: It is not as it was written.
+        DamagedCheckpoint: A file is missing, cut off or changed.
     """
     try:
         for name, digest in _manifest(path).items():
@@ -287,7 +280,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """Returns the digests by file; none for checkpoints that were written before there was a manifest."""
+    """Returns the digest of each file; none for checkpoints of versions without a manifest."""
     return read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down: a line of JSON for each entry, the same to the trackers that are on, and a progress bar."""
+"""The log of a run: `log.jsonl`, the trackers, and the progress bar."""
 
 import json
 import logging
@@ -22,9 +22,10 @@ _SHOWN = ("loss", "top1", "pairs_per_second")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Returns the entries of a log, oldest first; none where there is no log.
+    """Returns the entries of `log.jsonl`, oldest first; none where the file does not exist.
 
-    A killed run may have left half a line at the end. Other lines that are no entries are left out with a warning.
+    A half-written last line, which a killed run leaves, is dropped. Other lines that are no entries are dropped with a
+    warning. Entries of earlier versions get the present names.
     """
     entries, damaged = [], []
     *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -34,35 +35,35 @@ def read_log(path: Path) -> list[dict[str, float]]:
         except UnreadableJSON:
             entry = None
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
+            entries.append({name.replace("held_out/", "eval/"): value for name, value in entry.items()})
         else:
             damaged.append(number)
     if damaged:
-        logger.warning("lines %s of %s are no entries of a log and are left out", damaged, path)
+        logger.warning("lines %s of %s are no log entries and are dropped", damaged, path)
     return entries
 
 
-def show(accelerator: Accelerator, step: int, name: str, picture: Image.Image) -> None:
-    """Hands a picture to the trackers that take pictures."""
+def show(accelerator: Accelerator, step: int, name: str, image: Image.Image) -> None:
+    """Sends an image to the trackers that accept images."""
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if hasattr(tracker, "log_images"):
-            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
 
 
 @final
 class LogCallback(TrainerCallback):
-    """Keeps `log.jsonl` in the output folder and the trackers; the main process writes.
+    """Writes every log entry to `log.jsonl` in the output folder and to the trackers, in the main process.
 
     Args:
-        accelerator: Knows the processes and the trackers.
+        accelerator: The accelerator with the trackers.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Starts the trackers, and forgets the entries that a run which goes on will make again."""
+        """Starts the trackers, and removes the log entries of steps that a resumed run takes again."""
         path, step = Path(args.output_dir) / LOG_NAME, state.global_step
         if state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,15 +74,15 @@ class LogCallback(TrainerCallback):
             self._accelerator.init_trackers("softrepa", config=plain)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        """Writes figures down, without those that are not finite, which JSON does not know."""
-        figures = {name: value for name, value in given["logs"].items() if math.isfinite(value)}
+        """Writes the values of an entry, without NaN and infinity, which JSON does not have."""
+        values = {name: value for name, value in given["logs"].items() if math.isfinite(value)}
         if state.is_world_process_zero:
             with (Path(args.output_dir) / LOG_NAME).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **figures}) + "\n")
-        self._accelerator.log(figures, step=state.global_step)
+                file.write(json.dumps({"step": state.global_step, **values}) + "\n")
+        self._accelerator.log(values, step=state.global_step)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Ends the trackers. The processes stay joined: they may evaluate and push after training."""
+        """Ends the trackers, not the process group: `evaluate` may be called after training."""
         if state.is_world_process_zero:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
@@ -91,7 +92,7 @@ class LogCallback(TrainerCallback):
 
 @final
 class ProgressCallback(TrainerCallback):
-    """Shows how far the run is, on the error stream of the main process."""
+    """Shows a progress bar on stderr, in the main process."""
 
     def __init__(self) -> None:
         self._bar: Any = None

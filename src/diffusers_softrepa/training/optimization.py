@@ -2,10 +2,9 @@
 
 import importlib
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -14,14 +13,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from ..files import parse_json
 from .arguments import ContrastiveFlowMatchingArguments
 
 
 def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[Parameter]) -> Optimizer:
-    """Returns the optimizer that the settings name.
+    """Returns the optimizer that the settings name, in training mode.
 
     Raises:
-        ValueError: There is no such class, or it does not take these arguments.
+        ValueError: There is no such class, its package is not installed, or it does not accept these arguments.
     """
     short = _SHORT_NAMES.get(args.optim.lower().replace("-", "_"))
     module, _, name = (short or args.optim).rpartition(".")
@@ -31,7 +31,7 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
             raise TypeError(f"{name} is no optimizer class")
         if inspect.signature(cls.step).parameters["closure"].default is inspect.Parameter.empty:
             raise TypeError(f"{name} computes losses of its own, which training does not hand out")
-        optimizer = cls(parameters, lr=args.learning_rate, **json.loads(args.optim_args))
+        optimizer = cls(parameters, lr=args.learning_rate, **parse_json(args.optim_args, "optim_args"))
         if is_schedule_free(optimizer):
             if args.ema_decay is not None:
                 raise ValueError("a schedule-free optimizer averages the tokens itself; leave out ema_decay")
@@ -50,7 +50,7 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
         ) from error
 
 
-# Short names, as transformers and kohya's scripts have them -> classes of packages that one may install.
+# Short names of transformers and kohya's scripts -> classes of packages to install.
 _SHORT_NAMES = {
     "prodigy": "prodigyopt.Prodigy",
     "schedule_free": "schedulefree.AdamWScheduleFree",
@@ -74,12 +74,12 @@ _PACKAGES = {"lion_pytorch": "lion-pytorch", "came_pytorch": "came-pytorch"}
 
 
 def is_schedule_free(optimizer: Any) -> bool:
-    """Whether an optimizer keeps an average of its own, which its `eval()` puts in the parameters' place."""
+    """Returns whether an optimizer keeps an average of its own, which its `eval()` gives the parameters."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 def _class_name(name: str) -> str:
-    """Returns the class of torch.optim that is meant: by its own name, or as transformers names it, `adamw_torch`."""
+    """Returns the name of a class of torch.optim, also for the spelling of transformers, `adamw_torch`."""
     known = {key.lower(): key for key, value in vars(torch.optim).items() if isinstance(value, type)}
     return known.get(name.lower().removesuffix("_torch"), name)
 
@@ -89,12 +89,12 @@ class Schedule:
 
     Args:
         args: The settings. `warm_restarts` is SoftREPA's cosine with restarts, updated every `lr_update_steps` steps.
-        optimizer: Whose rate it sets.
+        optimizer: The optimizer whose rate it sets.
         max_steps: Optimizer steps of the whole run.
-        given: A schedule of torch's to use instead, updated at every step.
+        given: A schedule of torch to use instead, updated at every step; defaults to None.
 
     Raises:
-        ValueError: diffusers does not know a schedule of that name, or needs more than these settings for it.
+        ValueError: diffusers has no schedule of that name, or needs more than these settings for it.
     """
 
     def __init__(
@@ -136,77 +136,58 @@ class Schedule:
         self._schedule.load_state_dict(state["schedule"])
 
 
-class OptimizerAverage:
-    """The average that a schedule-free optimizer keeps itself; used like `MovingAverage`."""
+@final
+class TokenAverage:
+    """The average of the tokens that is evaluated and saved in their place.
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self.values: list[Tensor] = []  # the optimizer's state has it
-
-    def update(self) -> None:
-        """Does nothing: the optimizer's step did."""
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Puts the average in the tokens' place while it lasts."""
-        self._optimizer.eval()
-        try:
-            yield
-        finally:
-            self._optimizer.train()
-
-    def settle(self) -> None:
-        """Puts the average in the tokens' place for good."""
-        self._optimizer.eval()
-
-
-def make_average(
-    args: ContrastiveFlowMatchingArguments, optimizer: Optimizer, parameters: Sequence[Parameter]
-) -> "MovingAverage | OptimizerAverage | None":
-    """Returns the average of the tokens that is saved in their place; None where the settings ask for none."""
-    if is_schedule_free(optimizer):
-        return OptimizerAverage(optimizer)
-    return MovingAverage(parameters, args.ema_decay) if args.ema_decay else None
-
-
-class MovingAverage:
-    """Exponential moving average of the tokens.
+    Attributes:
+        values: The exponential moving average, one tensor for each parameter; empty where the optimizer keeps it.
 
     Args:
-        parameters: The tokens.
-        decay: Share of the old average that is kept at a step, in (0, 1).
+        parameters: The tokens in training.
+        decay: Share of the former average that is kept at each step, in (0, 1).
+        optimizer: A schedule-free optimizer, whose own average is used instead.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], decay: float) -> None:
-        self._parameters = list(parameters)
-        self._decay = decay
-        self.values = [parameter.detach().clone() for parameter in self._parameters]
+    def __init__(self, parameters: Sequence[Parameter], *, decay: float = 0.0, optimizer: Any = None) -> None:
+        self._parameters, self._decay, self._optimizer = list(parameters), decay, optimizer
+        self.values = [] if optimizer is not None else [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the tokens' present values in."""
-        for value, parameter in zip(self.values, self._parameters, strict=True):
+        """Adds the present values of the tokens to the average; a schedule-free optimizer has done that already."""
+        for value, parameter in zip(self.values, self._parameters, strict=False):
             value.lerp_(parameter, 1 - self._decay)
-
-    def to(self, device: torch.device) -> None:
-        """Moves the average."""
-        self.values = [value.to(device) for value in self.values]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average in the tokens' place while it lasts."""
+        """Gives the tokens the averaged values inside the block, and afterwards their own again, bit for bit."""
         live = [parameter.detach().clone() for parameter in self._parameters]
-        self.settle()
+        self.make_final()
         try:
             yield
         finally:
-            self._put(live)
+            if self._optimizer is not None:
+                self._optimizer.train()
+            self._put(live)  # a schedule-free optimizer computes them back, which rounds
 
-    def settle(self) -> None:
-        """Puts the average in the tokens' place for good."""
-        self._put(self.values)
+    def make_final(self) -> None:
+        """Gives the tokens the averaged values for good."""
+        if self._optimizer is not None:
+            self._optimizer.eval()
+        else:
+            self._put(self.values)
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
+
+
+def make_average(
+    args: ContrastiveFlowMatchingArguments, optimizer: Optimizer, parameters: Sequence[Parameter]
+) -> TokenAverage | None:
+    """Returns the average of the tokens that the settings or a schedule-free optimizer ask for, None without one."""
+    if is_schedule_free(optimizer):
+        return TokenAverage(parameters, optimizer=optimizer)
+    return TokenAverage(parameters, decay=args.ema_decay) if args.ema_decay else None

@@ -1,4 +1,4 @@
-"""What can be checked of a run before a model is loaded: settings, trackers, data, and the repository on the Hub."""
+"""Checks of a run that need no model: settings, trackers, optimizer, data, and the repository on the Hub."""
 
 from typing import Any
 
@@ -16,31 +16,34 @@ from .optimization import Schedule, make_optimizer
 def check_run(
     args: ContrastiveFlowMatchingArguments, train_dataset: Any, eval_dataset: Any = None
 ) -> tuple[Examples, Examples | None]:
-    """Checks a run and opens its data; the trainer takes what this returns for its data sets.
+    """Checks the settings of a run and opens its data, before a model is loaded.
 
     Args:
         args: The settings.
-        train_dataset: Images with captions, in any form that `open_examples` takes.
-        eval_dataset: Held-out ones, likewise.
+        train_dataset: Training data in any form that `open_examples` takes.
+        eval_dataset: Evaluation data in the same forms.
+
+    Returns:
+        The opened data sets, which the trainer takes as `train_dataset` and `eval_dataset`.
 
     Raises:
-        ValueError: Settings, trackers, optimizer, schedule or data are not as they should be.
-        TypeError: The data are of another type.
-        OSError: The data cannot be read, or the Hub refuses the repository that is to be pushed to.
+        ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong.
+        TypeError: The data are of a type that cannot be read.
+        OSError: The data cannot be read, or the Hub refuses the repository of `push_to_hub`.
     """
     check_settings(args)
-    train = open_checked(args, train_dataset)
-    held_out = None if eval_dataset is None else open_data(args, eval_dataset)
+    train = open_training_data(args, train_dataset)
+    evaluation = None if eval_dataset is None else open_data(args, eval_dataset)
     if args.push_to_hub and not args.dry_run:
         claim_repository(args)
-    return train, held_out
+    return train, evaluation
 
 
 def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
-    """Checks that there are the trackers, the optimizer and the schedule that the settings name.
+    """Checks that the trackers, the optimizer and the schedule of the settings exist and are installed.
 
     Raises:
-        ValueError: There are not.
+        ValueError: One of them does not exist or is not installed.
     """
     usable = [str(name) for name in get_available_trackers()]
     for name in args.report_to:
@@ -49,30 +52,29 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
                 f"tracker {name!r} is not installed" if name in LoggerType.list() else f"no tracker is called {name!r}"
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
-    optimizer = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))])
-    Schedule(args, optimizer, args.max_steps or 1)
+    Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
 
 
 def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
-    """Opens a data set with the columns of the settings; errors as `open_examples`."""
-    return open_examples(
-        dataset,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        negative_caption_column=args.negative_caption_column,
-    )
+    """Opens a data set with the columns that the settings name; errors as in `open_examples`."""
+    columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "negative_caption_column")}
+    return open_examples(dataset, **columns)
 
 
-def open_checked(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
-    """Opens training data, and refuses those of which the objective could learn nothing.
+def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
+    """Opens training data, and refuses data without negatives for an objective that needs them.
 
     Raises:
-        ValueError: They have no captions that are wrong for an image, or no known length where one is needed; and as
-            `open_examples`.
+        ValueError: There are no negatives, or the data are a stream without `max_steps`; also as in `open_examples`.
     """
     examples, objective = open_data(args, dataset), args.make_objective("flow")
     if args.max_steps is None and examples.count is None:
         raise ValueError("a stream does not tell its length; give max_steps instead of num_train_epochs")
     if objective.min_negatives and not examples.has_negatives(objective.min_negatives):
+        if not any(examples.captions()):
+            raise ValueError(
+                "the training data have no caption that can be read: all are absent, empty or hold half of a "
+                "character; write one for each image, or name their column with caption_column"
+            )
         raise ValueError(no_negatives(objective))
     return examples

@@ -1,4 +1,4 @@
-"""What training asks of a pipeline: sizes it can take, an adapter, and how its models stand until training ends."""
+"""How a pipeline is prepared for training: image sizes, the adapter, and the device and precision of its models."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditioner) -> Framing:
-    """Returns how images become pixels.
+    """Returns the sizes and crops of the training images.
 
     Raises:
-        ValueError: The denoiser cannot take images of these sizes.
+        ValueError: The denoiser does not take images of one of these sizes.
     """
     framing = Framing(
         args.resolution,
@@ -37,8 +37,16 @@ def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditione
         flip=args.random_flip,
         further_resolutions=tuple(args.further_resolutions),
     )
-    for size in framing.sizes:
-        conditioner.latent_shape(*size)
+    config: Any = conditioner.denoiser.config
+    limit = getattr(config, "pos_embed_max_size", None)  # in patches of a side, as SD3 has it
+    for height, width in framing.sizes:
+        _, latent_height, latent_width = conditioner.latent_shape(height, width)
+        if limit is not None and max(latent_height, latent_width) > limit * config.patch_size:
+            most = limit * config.patch_size * (height // latent_height)
+            raise ValueError(
+                f"{type(conditioner.denoiser).__name__} takes images of up to {most} px a side, but resolution="
+                f"{args.resolution} makes images of {height} x {width} px; set a smaller resolution"
+            )
     return framing
 
 
@@ -50,12 +58,13 @@ def choose_adapter(
     *,
     num_banks: int,
 ) -> str:
-    """Returns the name of the adapter to train, which is active alone from then on; adds it if there is none.
+    """Returns the name of the adapter to train, after adding it if need be and making it the only active one.
 
-    Without config and name, the one active adapter is trained on if it requires gradients.
+    Without `config` and `name`, the active adapter is trained further if it is the only one and requires gradients.
 
     Raises:
-        ValueError: The adapter is there already and has another number of banks, or a config is given for it.
+        ValueError: Gradients do not pass the denoiser, or the named adapter exists and has another number of token
+            banks, or a config is given for it.
     """
     denoiser = denoiser_of(pipeline)
     check_passes_gradients(denoiser)
@@ -83,25 +92,27 @@ def choose_adapter(
 
 @contextmanager
 def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torch.device) -> Iterator[None]:
-    """Puts a pipeline where and how it is trained, while it lasts.
+    """Prepares a pipeline for training inside the block.
 
-    All of it is frozen and in evaluation mode. What is not offloaded, spread over devices or fixed to one by its
-    quantisation goes to `device`; the text encoders stay where they are if captions are cached, and follow at the end,
-    when the pipeline samples again. In mixed precision denoiser and text encoders are halved, the VAE and what is
-    quantised are not. Afterwards gradient checkpointing and compilation are as they were.
+    All models are frozen and in evaluation mode, and moved to `device`, except those that are offloaded, spread over
+    devices or quantised to 8 or 4 bits. With `cache_text` the text encoders are moved only when the block ends. In
+    mixed precision the denoiser and the text encoders are cast, unless they are quantised; the VAE is not. Without it
+    the text encoders get the denoiser's precision.
+    Afterwards gradient checkpointing and compilation are as they were before.
 
     Raises:
-        ValueError: The denoiser is group-offloaded in another precision than training asks for.
+        ValueError: The denoiser is group-offloaded in another precision than `mixed_precision`.
     """
     denoiser: Any = denoiser_of(pipeline)
     models = _models(pipeline)
+    encoders = [name for name in models if name.startswith("text_encoder")]
     for part in models.values():
         part.requires_grad_(False).eval()
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision or "no")
-    if half is not None:
-        for part in (denoiser, *(models[name] for name in models if name.startswith("text_encoder"))):
-            _cast(part, half)
-    waiting = [name for name in models if args.cache_text and name.startswith("text_encoder")]
+    for part in (denoiser, *(models[name] for name in encoders)):
+        if half is not None or part is not denoiser:  # a pipeline draws in one precision
+            _cast(part, half or denoiser.dtype)
+    waiting = encoders if args.cache_text else []
     _place(pipeline, [name for name in models if name not in waiting], device)
     was_checkpointing = denoiser.is_gradient_checkpointing
     if args.gradient_checkpointing and not was_checkpointing:
@@ -125,8 +136,8 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
 
 
 @contextmanager
-def encoders_at_hand(pipeline: Any, device: torch.device) -> Iterator[None]:
-    """Brings the text encoders to a device while it lasts, unless they are offloaded, and back where they were."""
+def text_encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Moves the text encoders to a device inside the block, unless they are offloaded, and back afterwards."""
     where = {
         name: next(part.parameters()).device
         for name, part in _models(pipeline).items()
@@ -142,14 +153,13 @@ def encoders_at_hand(pipeline: Any, device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def keeping_weights(denoiser: Any, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a prediction that can be trained through where the denoiser is offloaded.
+def trainable_when_offloaded(denoiser: Any, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `predict` in a form that gradients pass where the denoiser is offloaded.
 
-    Offloading takes the weights away from the parameters after each block, but its backward pass needs them: so the
-    graph keeps what the parameters held. With gradient checkpointing that is one block's weights at a time. Whether it
-    is offloaded is seen at the first call.
+    Offloading removes the weights from the parameters after each block, but the backward pass needs them, so the graph
+    keeps the tensors that the parameters held. With gradient checkpointing these are one block's weights at a time.
     """
-    offloaded = cache(lambda: _is_offloaded(denoiser))
+    offloaded = cache(lambda: _is_offloaded(denoiser))  # known at the first call, not before
 
     def predicted(*args: Any) -> Tensor:
         if not (torch.is_grad_enabled() and offloaded()):
@@ -161,7 +171,7 @@ def keeping_weights(denoiser: Any, predict: Callable[..., Tensor]) -> Callable[.
 
 
 def halve_vae(pipeline: Any) -> None:
-    """Brings the VAE to the denoiser's precision where that was halved, since pipelines sample in one precision."""
+    """Casts the VAE to the denoiser's half precision, since a pipeline samples in one precision."""
     denoiser: Any = denoiser_of(pipeline)
     dtype = denoiser.dtype
     if dtype in (torch.float16, torch.bfloat16) and (vae := _models(pipeline).get("vae")) is not None:
@@ -173,7 +183,7 @@ def _models(pipeline: Any) -> dict[str, Any]:
 
 
 def _place(pipeline: Any, names: Iterable[str], device: torch.device) -> None:
-    """Moves models of a pipeline, but for those that offloading, a device map or their quantisation keeps in place."""
+    """Moves models of a pipeline, except those that offloading, a device map or their quantisation keeps in place."""
     models = _models(pipeline)
     if pipeline.hf_device_map is not None or any(hasattr(part, "_hf_hook") for part in models.values()):
         return

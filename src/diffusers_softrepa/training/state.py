@@ -1,4 +1,4 @@
-"""A run between its steps: what a checkpoint holds of it, how it is saved whole, and how it goes on from there."""
+"""The state of a trainer between two steps: what a checkpoint holds of it, and how it is saved and restored."""
 
 import logging
 from pathlib import Path
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 @final
 class RunState:
-    """Saves a trainer and puts it back.
+    """Saves the state of a trainer to checkpoints and restores it.
 
     Args:
-        checkpoints: Of its output folder.
+        checkpoints: The checkpoints of its output folder.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -25,15 +25,15 @@ class RunState:
         self._fingerprint: str | None = None
 
     def begin_update(self) -> None:
-        """Notes that the tokens are between two steps now, where nothing can be saved."""
+        """Notes that the tokens are being updated, so that their state is not to be saved."""
         self._whole = False
 
     def end_step(self, trainer: Any) -> None:
-        """Notes that a step is done; the batches of the next one may be read ahead of it."""
+        """Notes that a step is complete, and the position in the data after it."""
         self._whole, self._position = True, {"epoch": trainer.loader.epoch, "batches": trainer.loader.batches}
 
     def save(self, trainer: Any) -> Path | None:
-        """Saves the trainer as it was after the last whole step; None if that is saved, or there was none."""
+        """Saves the state after the last complete step; None if it is saved already, or there was no step."""
         step = trainer.state.global_step
         if not self._whole or step in (0, self._saved_step):
             return None
@@ -43,10 +43,10 @@ class RunState:
         return saved
 
     def resume(self, trainer: Any, wanted: str | None) -> None:
-        """Puts the trainer back to the checkpoint that was named, or that its settings name, if any.
+        """Restores the checkpoint that is wanted, or that the settings name, if any.
 
         Raises:
-            ValueError: It is no checkpoint, of other settings or data, or there are later ones.
+            ValueError: It is no checkpoint, or one of other settings or data, or there are later ones.
             DamagedCheckpoint: It is damaged.
         """
         wanted, step = wanted or trainer.args.resume_from_checkpoint, trainer.state.global_step
@@ -58,10 +58,10 @@ class RunState:
         self._checkpoints.check_none_after(trainer.state.global_step)
 
     def check_disk(self, trainer: Any) -> None:
-        """Refuses a run whose checkpoints would not fit: adapter, average and the two states of Adam, as a rule.
+        """Checks that the disk has room for the checkpoints of the run, with the size of an Adam optimizer's state.
 
         Raises:
-            OSError: The disk has not that much free.
+            OSError: It has not.
         """
         left = trainer.state.max_steps - trainer.state.global_step
         copies = 3 + (trainer.average is not None)
@@ -81,7 +81,7 @@ class RunState:
             "average": None if trainer.average is None else trainer.average.values,
             "data": trainer.loader.state_dict() | self._position | {"fingerprint": self._known_by(trainer)},
             "objective": None if trainer.chosen is None else vars(trainer.chosen),
-            "base": trainer.base_rows,
+            "base": trainer.base_metrics,
             "warnings": trainer.warnings,
         }
 
@@ -100,7 +100,7 @@ class RunState:
         trainer.state.global_step, trainer.state.best_metric = state["step"], state["best"]
         trainer.nonfinite.in_a_row, trainer.engine.loss_scale = state["nonfinite_steps"], state["loss_scale"]
         self._saved_step, self._position = state["step"], {key: state["data"][key] for key in ("epoch", "batches")}
-        trainer.base_rows, trainer.warnings = state.get("base"), list(state.get("warnings", ()))
+        trainer.base_metrics, trainer.warnings = state.get("base"), list(state.get("warnings", ()))
         if state.get("objective"):
             trainer.choose(Contrastive(**state["objective"]))
         trainer.recent.load_state_dict(state["recent"])

@@ -1,8 +1,8 @@
-"""The trainer: soft tokens learned by contrast on your own images, resumable at every step.
+"""The trainer: learns soft tokens by contrast on your own images, and can be resumed at every step.
 
-One step: load examples, noise each image once and pair it with the captions of the batch, let the engine run the
-pairs, and update the tokens. Everything random is drawn from the seed and the number of the batch, so a run that was
-killed and resumed ends bit-equal to one that was not. What happens around the steps are callbacks.
+A step loads examples, noises each image once, pairs it with the captions of the batch, runs the pairs through the
+engine, and updates the tokens. All random numbers are drawn from the seed and the number of the batch, so a run that
+was killed and resumed ends bit-equal to one that was not. Logging, checkpoints, validation and so on are callbacks.
 """
 
 import logging
@@ -38,7 +38,7 @@ from .callbacks import (
     TrainerControl,
     TrainerState,
 )
-from .card import Data, ReportCallback, claim_repository, data_name, push_report, write_report
+from .card import Report, ReportCallback, claim_repository, data_name, push_report
 from .checkpoints import Checkpoints
 from .data.cache import TensorCache
 from .data.dataset import Example, Examples
@@ -46,10 +46,10 @@ from .data.encode import Encoder
 from .data.loader import PairLoader
 from .estimate import Estimate, estimate_run
 from .log import LogCallback, ProgressCallback
-from .metrics import Recent, gains, joined_rows, standard_errors, summary, tell_apart
+from .metrics import Recent, gains, joined, means, retrieval_metrics, standard_errors
 from .optimization import Schedule, make_average, make_optimizer
-from .preflight import check_settings, open_checked, open_data
-from .preparation import choose_adapter, keeping_weights, make_framing, prepared
+from .preflight import check_settings, open_data, open_training_data
+from .preparation import choose_adapter, make_framing, prepared, trainable_when_offloaded
 from .state import RunState
 from .step.collate import NEGATIVES, Draws, PairCollator, spread_timesteps
 from .step.engine import PairEngine
@@ -64,12 +64,12 @@ ComputeMetrics = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended.
+    """The outcome of `train`.
 
     Attributes:
-        step: Optimizer steps done.
-        finished: False when it was asked to stop before its last step and is to go on another time.
-        metrics: The last logged ones.
+        step: Number of optimizer steps done.
+        finished: False where the run was stopped by a signal and can be resumed.
+        metrics: The last logged values of training.
     """
 
     step: int
@@ -78,37 +78,37 @@ class TrainingResult:
 
 
 class ContrastiveFlowMatchingTrainer:
-    """Trains the soft tokens of a pipeline by contrast; everything else of the pipeline stays frozen.
+    """Trains the soft tokens of a text-to-image pipeline by contrast; all other weights stay frozen.
 
     Attributes:
-        state: Where the run is; callbacks get it.
-        warnings: What was said of the run; the model card tells it too.
-        parameters: The tokens in training.
+        state: The `TrainerState` that callbacks get.
+        warnings: Warnings of the run, which the model card repeats.
+        parameters: The soft tokens in training.
         loader: The training batches.
-        engine: Runs the pairs.
-        data_collator: Makes pairs of loaded examples.
-        optimizer: Of the tokens.
-        lr_scheduler: Their learning rate over steps.
+        engine: The `PairEngine` that computes loss and gradients.
+        data_collator: Turns loaded examples into a `PairBatch`.
+        optimizer: The optimizer of the tokens.
+        lr_scheduler: The schedule of their learning rate.
 
     Args:
-        pipeline: A text-to-image pipeline, loaded whole. Training moves it to its device and, in mixed precision, its
-            models to half precision; when it has finished, the pipeline samples with the tokens that were saved.
+        pipeline: A text-to-image pipeline. Training moves it to the device and, in mixed precision, casts its models;
+            when training has finished, it samples with the trained tokens.
         args: The settings.
-        train_dataset: Images with captions, in any form that `open_examples` takes.
-        eval_dataset: Held-out ones; with them the best adapter, by `metric_for_best_model`, is kept in
-            `output_dir/best`.
-        adapter_config: What to train; the family's published settings unless given. An active adapter that requires
-            gradients (`add_softrepa`, or `load_softrepa(..., is_trainable=True)`) is trained on where neither this
-            nor a name is given.
-        adapter_name: The adapter to train, or the name of the new one.
-        validation_metrics: Metrics of single pictures that score the validation pictures, as `evaluate` takes them.
-        compute_metrics: Further figures of an evaluation. It gets those of every held-out image, (n,) each: `top1`,
-            `margin`, `information` (NaN for images without a negative) and `timestep`.
-        callbacks: Yours, called after the trainer's own; see `callbacks`.
-        optimizers: Optimizer of the tokens and schedule of its rate, None for those of the settings.
+        train_dataset: Images with captions in any form that `open_examples` takes, such as the path of a folder.
+        eval_dataset: Images with captions to evaluate on, in the same forms; defaults to None. With it, the best
+            adapter by `metric_for_best_model` is kept in `output_dir/best`.
+        adapter_config: Shape of a new adapter; defaults to the published shape of the family. An active adapter that
+            requires gradients (from `add_softrepa`, or `load_softrepa(..., is_trainable=True)`) is trained further
+            where neither this nor `adapter_name` is given.
+        adapter_name: Name of the new adapter, or of an existing one to train further.
+        validation_metrics: Metrics that score the validation images, in the forms that `evaluate` takes.
+        compute_metrics: Function that returns further metrics of an evaluation. It gets a dict of tensors (n,) with
+            `top1`, `margin`, `information` (NaN for images without a negative) and `timestep` of each image.
+        callbacks: Callbacks that are called after the trainer's own; see `callbacks`.
+        optimizers: Optimizer of the tokens and schedule of the learning rate; None for those of the settings.
 
     Raises:
-        ValueError: The data, the settings and the pipeline do not fit together; nothing has been trained by then.
+        ValueError: The data, the settings and the pipeline do not fit together.
     """
 
     def __init__(
@@ -134,23 +134,48 @@ class ContrastiveFlowMatchingTrainer:
             self.conditioner.check_checkpointing()
         self.objective: Objective = args.make_objective(self.conditioner.noising.prediction)
         self.chosen: Objective | None = None
+        self._open(train_dataset, eval_dataset)
+        self._make_engine(adapter_config, adapter_name)
+        self.state = self._make_state()
+        self.optimizer = optimizers[0] or make_optimizer(args, self.parameters)
+        self.lr_scheduler = Schedule(args, self.optimizer, self.state.max_steps, given=optimizers[1])
+        self.average = make_average(args, self.optimizer, self.parameters)
+        self.checkpoints = Checkpoints(args.output_dir, args.checkpoints_total_limit)
+        self.kept, self.recent, self._began = RunState(self.checkpoints), Recent(), 0.0
+        self.warnings: list[str] = []
+        self.base_metrics: dict[str, Tensor] | None = None
+        self._logged: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._evaluated: dict[str, Tensor] | None = None
+        self.control, self.nonfinite, self._stop = TrainerControl(), NonfiniteCallback(), StopCallback()
+        own = (LogCallback(self.accelerator), ProgressCallback(), FlowCallback(), self._stop, RescueCallback())
+        self.callbacks = Callbacks([*own, self.nonfinite, validation, ReportCallback(), *callbacks])
+
+    def _open(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Opens the data and makes what loads, encodes and collates them."""
+        args = self.args
         self.framing = make_framing(args, self.conditioner)
-        self.train_examples = open_checked(args, train_dataset)
-        self._data = Data(self.train_examples.count, data_name(train_dataset), data_name(eval_dataset))
+        self.train_examples = open_training_data(args, train_dataset)
+        self._data_names = data_name(train_dataset), data_name(eval_dataset)
         self.eval_examples = None if eval_dataset is None else open_data(args, eval_dataset)
         if self.eval_examples is not None:
-            self._make_loader(self.eval_examples, shuffle=False)  # too few of them show now, not after hours
+            self._make_loader(self.eval_examples, shuffle=False)  # raises now if they do not fill a batch
         self.encoder = Encoder(args, self.conditioner, self.framing, self.accelerator.device)
         self.loader = self._make_loader(self.train_examples, latents=self.encoder.latents)
-        self.adapter_name = choose_adapter(
-            pipeline, args, adapter_config, adapter_name, num_banks=self.objective.num_banks
-        )
-        adapters = adapters_of(denoiser_of(pipeline))
+        self.batches_per_epoch = None if self.train_examples.count is None else len(self.loader)
+        self.first_row = self.accelerator.process_index * args.train_batch_size
+        self.data_collator = PairCollator(args, self.encoder, self.conditioner.noising, self.accelerator)
+
+    def _make_engine(self, config: SoftREPAConfig | None, name: str | None) -> None:
+        """Chooses or adds the adapter to train, and makes the engine that computes its gradients."""
+        args, num_banks = self.args, self.objective.num_banks
+        self.adapter_name = choose_adapter(self.pipeline, args, config, name, num_banks=num_banks)
+        adapters = adapters_of(denoiser_of(self.pipeline))
         assert adapters is not None
         self.adapters = adapters
         self.parameters = list(self.adapter.tokens.parameters())
         self.engine = PairEngine(
-            keeping_weights(self.conditioner.denoiser, self.conditioner.predict),
+            trainable_when_offloaded(self.conditioner.denoiser, self.conditioner.predict),
             self.objective,
             self.parameters,
             use_bank=adapters.use_bank,
@@ -159,14 +184,12 @@ class ContrastiveFlowMatchingTrainer:
             num_backward_negatives=args.num_backward_negatives,
             loss_scale=_FP16_LOSS_SCALE if args.mixed_precision == "fp16" else 1.0,
         )
-        self.data_collator = PairCollator(args, self.encoder, self.conditioner.noising, self.accelerator)
-        max_steps = self._count_steps()
-        self.optimizer = optimizers[0] or make_optimizer(args, self.parameters)
-        self.lr_scheduler = Schedule(args, self.optimizer, max_steps, given=optimizers[1])
-        self.average = make_average(args, self.optimizer, self.parameters)
-        self.checkpoints = Checkpoints(args.output_dir, args.checkpoints_total_limit)
-        self.kept = RunState(self.checkpoints)
-        self.state = TrainerState(
+
+    def _make_state(self) -> TrainerState:
+        args, max_steps = self.args, self.args.max_steps
+        if max_steps is None:
+            max_steps = max(1, len(self.loader) * args.num_train_epochs // args.gradient_accumulation_steps)
+        return TrainerState(
             max_steps=max_steps,
             logging_steps=args.logging_steps,
             eval_steps=args.eval_steps,
@@ -176,25 +199,6 @@ class ContrastiveFlowMatchingTrainer:
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.accelerator.is_main_process,
         )
-        self.control = TrainerControl()
-        self.recent, self.nonfinite, self._began = Recent(), NonfiniteCallback(), 0.0
-        self._last: dict[str, float] = {}
-        self._evaluated: dict[str, Tensor] | None = None
-        self.base_rows: dict[str, Tensor] | None = None
-        self.warnings: list[str] = []
-        self._logged: dict[str, float] = {}
-        self._batches_per_epoch = None if self.train_examples.count is None else len(self.loader)
-        self.first_row = self.accelerator.process_index * args.train_batch_size
-        self._stop = StopCallback()
-        own = (LogCallback(self.accelerator), ProgressCallback(), FlowCallback(), self._stop, RescueCallback())
-        self.callbacks = Callbacks([*own, self.nonfinite, validation, ReportCallback(), *callbacks])
-        self._given = {
-            "trainer": self,
-            "model": self.conditioner.denoiser,
-            "optimizer": self.optimizer,
-            "lr_scheduler": self.lr_scheduler,
-            "train_dataloader": self.loader,
-        }
 
     @property
     def adapter(self) -> Adapter:
@@ -203,21 +207,21 @@ class ContrastiveFlowMatchingTrainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is over, or only stopped to go on another time."""
+        """Whether the run is over; False where it was stopped to be resumed."""
         ended = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
         return ended and not self.control.should_pause
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainingResult:
-        """Trains to the last step, or until it is asked to stop, which saves a checkpoint first.
+        """Trains to the last step, or until a signal stops the run, which saves a checkpoint first.
 
         Args:
-            resume_from_checkpoint: A checkpoint folder, or `latest` or True for the newest one in `output_dir`; that
-                of the settings unless given.
+            resume_from_checkpoint: A checkpoint folder, or `"latest"` or True for the newest one in `output_dir`;
+                defaults to None, which takes the one of the settings.
 
         Raises:
             FloatingPointError: The loss was NaN or infinite for `max_nonfinite_steps` steps in a row.
             OSError: A checkpoint could not be written; the earlier ones are untouched.
-            ValueError: The checkpoint to resume from is of other settings, or output_dir has later ones.
+            ValueError: The checkpoint was saved under other settings, or `output_dir` has later ones.
         """
         self._place_tokens()
         if self.args.dry_run:
@@ -241,45 +245,43 @@ class ContrastiveFlowMatchingTrainer:
         return TrainingResult(self.state.global_step, self.finished, self._logged)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Returns how well held-out captions are told apart: fixed images, noise and timesteps, so that runs compare.
+        """Returns how well captions are told apart, with the same images, noise and timesteps at every call.
 
         Args:
-            eval_dataset: Images with captions; the trainer's held-out ones unless given.
+            eval_dataset: Images with captions; defaults to the trainer's `eval_dataset`.
 
         Raises:
             ValueError: There is no eval_dataset.
         """
-        rows = []
+        batches, rows = self.get_eval_dataloader(eval_dataset), []
         with self.in_average():
-            for number, batch in zip(
-                range(self.args.num_evaluation_batches), self.get_eval_dataloader(eval_dataset), strict=False
-            ):
+            for number, batch in zip(range(self.args.num_evaluation_batches), batches, strict=False):
                 total = self.accelerator.num_processes * len(batch)
                 timestep = spread_timesteps(number, self.first_row, len(batch), total)
                 pairs = self.data_collator(batch, Draws(self.args.validation_seed, number, self.first_row), timestep)
-                rows.append(self.gathered(tell_apart(self.engine.errors(pairs), pairs)))
-        joined = joined_rows(rows)
-        self._evaluated = joined if eval_dataset is None else None
-        further = self.compute_metrics(joined) if self.compute_metrics else {}
-        return summary(rows) | standard_errors(joined) | dict(further)
+                rows.append(self.gathered(retrieval_metrics(self.engine.errors(pairs), pairs)))
+        found = joined(rows)
+        self._evaluated = found if eval_dataset is None else None
+        further = self.compute_metrics(found) if self.compute_metrics else {}
+        return means(found) | standard_errors(found) | dict(further)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
-        """Returns the batches of held-out images, in their stored order; arguments and errors as `evaluate`."""
+        """Returns the evaluation batches, in their stored order; arguments and errors as in `evaluate`."""
         examples = self.eval_examples if eval_dataset is None else open_data(self.args, eval_dataset)
         if examples is None:
             raise ValueError("evaluate needs an eval_dataset; give the trainer one")
         return self._make_loader(examples, shuffle=False)
 
     def log(self, logs: dict[str, float]) -> None:
-        """Writes figures of the present step to `log.jsonl` and the trackers, by the callbacks of `on_log`."""
+        """Writes values of the present step to `log.jsonl` and the trackers, by the callbacks of `on_log`."""
         self.state.log_history.append({"step": self.state.global_step, **logs})
         self._event("on_log", logs=logs)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Saves the trained adapter, its moving average if there is one, as `load_softrepa` reads it.
+        """Saves the trained adapter, or its moving average if there is one, for `load_softrepa`.
 
         Args:
-            output_dir: The folder; `output_dir` of the settings unless given.
+            output_dir: The folder; defaults to `output_dir` of the settings.
         """
         config = replace(self.adapter.config, num_banks=1, inference_mode=True)
         with self.in_average():
@@ -289,19 +291,19 @@ class ContrastiveFlowMatchingTrainer:
             save_checkpoint(output_dir or self.args.output_dir, config, tensors)
 
     def write_report(self) -> None:
-        """Writes settings, curves, pictures and the model card beside the adapter that `save_model` wrote."""
-        captions = self.args.train_batch_size * self.accelerator.num_processes
-        write_report(
+        """Writes settings, curves, images and the model card beside the adapter that `save_model` wrote."""
+        Report(
             self.args,
-            self._data,
-            steps=self.state.global_step,
-            num_captions=captions,
+            self.state.global_step,
+            self.args.train_batch_size * self.accelerator.num_processes,
+            self.train_examples.count,
+            *self._data_names,
             objective=self.chosen,
             warnings=self.warnings,
-        )
+        ).write()
 
     def push_to_hub(self) -> str:
-        """Pushes the adapter in `output_dir` with its card, curves and pictures; returns the URL of the commit.
+        """Pushes the adapter in `output_dir` with its card, curves and images; returns the URL of the commit.
 
         Raises:
             OSError: The Hub refused; the folder is untouched.
@@ -309,44 +311,27 @@ class ContrastiveFlowMatchingTrainer:
         return push_report(self.args)
 
     def estimate(self) -> Estimate:
-        """Returns what the run will do and take; runs one pair, changes no token and writes nothing."""
+        """Returns the size of the run: runs one pair, changes no token and writes nothing."""
         with prepared(self.pipeline, self.args, self.accelerator.device):
-            return estimate_run(
-                self.args,
-                self.conditioner,
-                self.objective,
-                self.parameters,
-                self.train_examples,
-                sizes=self.framing.sizes,
-                steps=self.state.max_steps,
-                batches_per_epoch=self._batches_per_epoch,
-                num_processes=self.accelerator.num_processes,
-                device=self.accelerator.device,
-            )
+            return estimate_run(self)
 
     def in_average(self) -> AbstractContextManager[None]:
-        """Puts the moving average in the tokens' place while it lasts, if there is one."""
+        """Gives the tokens their moving average inside the block, if there is one."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     def warn(self, text: str) -> None:
-        """Warns of something about the run; it is said again at its end, and in the model card."""
+        """Logs a warning that is repeated at the end of the run and in the model card."""
         self.warnings.append(text)
         with tqdm.external_write_mode():  # not in the line of the progress bar
             logger.warning("%s", text)
 
     def save_last_step(self) -> Path | None:
-        """Saves the run as it was after the last whole step.
-
-        Returns:
-            The checkpoint; None if it is there already, or the run has no whole step.
-        """
+        """Saves the state after the last complete step; returns the checkpoint, None if there is nothing new."""
         return self.kept.save(self)
 
     def choose(self, objective: Objective) -> None:
-        """Trains another objective than that of the settings from now on."""
+        """Replaces the objective of the settings."""
         self.objective = self.engine.objective = self.chosen = objective
-
-    # Set-up.
 
     def _make_loader(
         self, examples: Examples, *, shuffle: bool = True, latents: TensorCache | None = None
@@ -365,16 +350,11 @@ class ContrastiveFlowMatchingTrainer:
             empty_prompts=self.args.proportion_empty_prompts if shuffle else 0.0,
         )
 
-    def _count_steps(self) -> int:
-        if self.args.max_steps is not None:
-            return self.args.max_steps
-        return max(1, len(self.loader) * self.args.num_train_epochs // self.args.gradient_accumulation_steps)
-
     def _place_tokens(self) -> None:
-        """Puts the tokens where training takes place, the same in every process.
+        """Moves the tokens to the device and gives every process the same values.
 
         Raises:
-            ValueError: They are not finite, so that nothing could be learned from them on.
+            ValueError: The tokens hold NaN or infinite values.
         """
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             raise ValueError(f"adapter {self.adapter_name!r} holds NaN or infinite tokens; train a fresh one")
@@ -387,11 +367,11 @@ class ContrastiveFlowMatchingTrainer:
     # The loop.
 
     def _run(self) -> None:
-        """Fills the caches and takes the steps that are left, or as many as there are until it is asked to stop."""
+        """Fills the caches and takes the remaining steps, until the last one or a request to stop."""
         self.encoder.fill(
-            self.train_examples, self.accelerator, held_out=self.eval_examples, stop=lambda: self._stop.asked
+            self.train_examples, self.accelerator, eval_examples=self.eval_examples, stop=lambda: self._stop.asked
         )
-        self._stop.heed(self.control, self.accelerator)
+        self._stop.stop_if_asked(self.control, self.accelerator)
         if self.control.should_training_stop:
             return
         if self.state.global_step == 0:
@@ -406,18 +386,21 @@ class ContrastiveFlowMatchingTrainer:
                 return
 
     def _event(self, name: str, **given: Any) -> None:
-        self.control = self.callbacks.call(name, self.args, self.state, self.control, **self._given, **given)
+        given |= {"trainer": self, "model": self.conditioner.denoiser, "optimizer": self.optimizer}
+        given |= {"lr_scheduler": self.lr_scheduler, "train_dataloader": self.loader}
+        self.control = self.callbacks.call(name, self.args, self.state, self.control, **given)
 
     def _follow_control(self) -> None:
-        """Logs, evaluates and saves where callbacks asked for it; a run that stops is saved too."""
+        """Logs, evaluates and saves where the callbacks ask for it; a run that stops is saved too."""
         if self.control.should_log:
             self.control.should_log = False
             token_norm = self.adapter.tokens.tokens.norm(dim=-1).mean().item()
-            self._logged = self.recent.take() | self._last | {"token_norm": token_norm}
+            self._logged = self.recent.means() | self._last | {"token_norm": token_norm}
+            self.recent = Recent()
             self.log(self._logged)
         if self.control.should_evaluate:
             self.control.should_evaluate = False
-            self._judge()
+            self._evaluate_and_keep_best()
         if self.control.should_save or self.control.should_training_stop:
             self.control.should_save = False
             if self.accelerator.is_main_process:
@@ -425,16 +408,16 @@ class ContrastiveFlowMatchingTrainer:
             self.accelerator.wait_for_everyone()
             self._event("on_save")
 
-    def _judge(self) -> None:
-        """Evaluates held-out images, if there are some, and keeps the adapter if it is the best so far."""
+    def _evaluate_and_keep_best(self) -> None:
+        """Evaluates on `eval_dataset`, if there is one, and saves the adapter if it is the best so far."""
         found = {} if self.eval_examples is None else self.evaluate()
         rows, self._evaluated = self._evaluated, None
         if self.state.global_step == 0:
-            self.base_rows = rows
-        elif rows and self.base_rows:
-            found |= gains(rows, self.base_rows)
+            self.base_metrics = rows
+        elif rows and self.base_metrics:
+            found |= gains(rows, self.base_metrics)
         if found:
-            self.log({f"held_out/{name}": value for name, value in found.items()})
+            self.log({f"eval/{name}": value for name, value in found.items()})
         self._event("on_evaluate", metrics={f"eval_{name}": value for name, value in found.items()})
         value, best = found.get(self.args.metric_for_best_model, math.nan), self.state.best_metric
         sign = 1 if self.args.greater_is_better else -1
@@ -458,7 +441,7 @@ class ContrastiveFlowMatchingTrainer:
             self._event("on_epoch_end")
 
     def _train_step(self, batches: list[list[Example]]) -> None:
-        """One optimizer step."""
+        """Takes one optimizer step, on the mean of the gradients of its batches."""
         loss = torch.zeros((), device=self.accelerator.device)
         gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         rows, num_pairs, state = [], 0, self.state
@@ -469,7 +452,7 @@ class ContrastiveFlowMatchingTrainer:
             loss += done.loss / len(batches)
             for gradient, part in zip(gradients, done.gradients, strict=True):
                 gradient += part / len(batches)
-            rows.append(self.gathered(tell_apart(done.errors, pairs)))
+            rows.append(self.gathered(retrieval_metrics(done.errors, pairs)))
             num_pairs += int((~done.errors.isnan()).sum()) * self.accelerator.num_processes
             self._event("on_substep_end", pairs=pairs, outcome=done)
         if self.accelerator.num_processes > 1:
@@ -483,7 +466,7 @@ class ContrastiveFlowMatchingTrainer:
             self._update(gradients, norm)
         state.global_step += 1
         self.kept.end_step(self)
-        epoch, batches_per_epoch = self.loader.epoch, self._batches_per_epoch
+        epoch, batches_per_epoch = self.loader.epoch, self.batches_per_epoch
         state.epoch = epoch if batches_per_epoch is None else epoch + self.loader.batches / batches_per_epoch
         self.recent.add(loss.item(), rows, seconds=time.perf_counter() - self._began, num_pairs=num_pairs)
 
@@ -502,7 +485,7 @@ class ContrastiveFlowMatchingTrainer:
             self.average.update()
 
     def gathered(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns per-row figures of all processes."""
+        """Returns the per-image metrics of all processes."""
         if self.accelerator.num_processes == 1:
             return rows
         gathered = self.accelerator.gather(torch.stack(list(rows.values()), dim=1))  # (rows, figures)

@@ -1,4 +1,4 @@
-"""Pictures that a run is judged by: the validation prompts drawn with and without the tokens, and their scores."""
+"""Validation images: prompts drawn with and without the soft tokens while training, and their scores."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -6,30 +6,35 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from ..evaluation.images import grid
 from ..evaluation.metrics import ImageMetric, as_metrics
 from ..evaluation.metrics.metric import named_scores
 from ..evaluation.prompts import load_prompts
-from ..files import whole_file
-from ..pipeline import denoiser_of, disable_softrepa, enable_softrepa
+from ..evaluation.writing import save_image
+from ..pipeline import denoiser_of, softrepa_disabled
 from .callbacks import TrainerCallback, TrainerState
 from .log import show
-from .preparation import encoders_at_hand
+from .preparation import text_encoders_on
 
 VALIDATION_FOLDER = "validation"
-_CAPTION_HEIGHT = 16
+IMAGES_FOLDER = "images"
+_HEADS = ("without soft tokens", "with soft tokens")
 
 
 @final
 class ValidationCallback(TrainerCallback):
-    """Draws the validation prompts at every evaluation, on the main process, and scores what it drew.
+    """Draws the validation prompts at every evaluation, in the main process, and scores the images.
+
+    `validation/step-<step>.png` shows all prompts; `images/<number>.png` is the newest image of one prompt, with soft
+    tokens, for the gallery of the model card.
 
     Args:
-        metrics: Of single pictures, as `evaluation.evaluate` takes them.
+        metrics: Metrics of single images, in the forms that `evaluation.evaluate` takes.
 
     Raises:
-        ValueError: A metric is a distance between sets, which a few validation pictures have no use for.
+        ValueError: A metric compares sets of images, for which the validation images are too few.
     """
 
     def __init__(self, metrics: Sequence[Any] = ()) -> None:
@@ -38,126 +43,80 @@ class ValidationCallback(TrainerCallback):
         wrong = [metric.name for metric in found if metric not in self._metrics]
         if wrong:
             raise ValueError(
-                f"validation pictures are scored one by one, but {wrong} compare whole sets; leave them out"
+                f"validation images are scored one by one, but {wrong} compare whole sets; leave them out"
             )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         trainer, prompts = given["trainer"], args.validation_prompts
         if not (state.is_world_process_zero and prompts):
             return
-        at_hand = encoders_at_hand(trainer.pipeline, trainer.accelerator.device)
-        with trainer.in_average(), torch.no_grad(), at_hand:
-            pictures = draw_side_by_side(
-                trainer.pipeline,
-                prompts,
-                seed=args.validation_seed,
-                num_inference_steps=args.num_validation_inference_steps,
-                settings=trainer.conditioner.sampling(args.validation_guidance_scale),
-                size=trainer.framing.sizes[len(trainer.framing.sizes) // 2],
-            )
-        grid = side_by_side_grid(pictures, prompts)
-        save_picture(grid, Path(args.output_dir) / VALIDATION_FOLDER / f"step-{state.global_step:06d}.png")
-        show(trainer.accelerator, state.global_step, VALIDATION_FOLDER, grid)
-        if figures := score_side_by_side(self._metrics, pictures, prompts, trainer.accelerator.device):
+        height, width = trainer.framing.sizes[len(trainer.framing.sizes) // 2]
+        settings = {
+            "num_inference_steps": args.num_validation_inference_steps,
+            "height": height,
+            "width": width,
+            **trainer.conditioner.sampling(args.validation_guidance_scale),
+        }
+        device = trainer.accelerator.device
+        with trainer.in_average(), torch.no_grad(), text_encoders_on(trainer.pipeline, device):
+            images = draw_both(trainer.pipeline, prompts, args.validation_seed, settings)
+        sheet, folder = grid(images, prompts, _HEADS, max_side=None), Path(args.output_dir)
+        save_image(sheet, folder / VALIDATION_FOLDER / f"step-{state.global_step:06d}.png")
+        for number, (_, image) in enumerate(images):
+            save_image(image, folder / IMAGES_FOLDER / f"{number:02d}.png")
+        show(trainer.accelerator, state.global_step, VALIDATION_FOLDER, sheet)
+        if figures := _scores(self._metrics, images, prompts, device):
             trainer.log(figures)
 
 
-def draw_side_by_side(
-    pipeline: Any,
-    prompts: Sequence[str],
-    *,
-    seed: int,
-    num_inference_steps: int,
-    settings: Mapping[str, Any],
-    size: tuple[int, int],
+def draw_both(
+    pipeline: Any, prompts: Sequence[str], seed: int, settings: Mapping[str, Any]
 ) -> list[tuple[Image.Image, Image.Image]]:
-    """Draws each prompt without and with the active adapters, from the same noise, at `size` (height, width).
+    """Draws each prompt without and with the active adapters, from the same noise.
 
     Args:
-        pipeline: What draws.
-        prompts: At least one.
-        seed: Of the noise.
-        num_inference_steps: Of each picture.
-        settings: Further arguments of the pipeline's call: `Conditioner.sampling`.
-        size: Of each picture.
+        pipeline: The pipeline that draws.
+        prompts: One prompt or more.
+        seed: Seed of the noise.
+        settings: Further arguments of the pipeline's call.
 
     Returns:
-        (base, adapter) of each prompt.
+        The two images of each prompt, the one without soft tokens first.
     """
-    settings = {"num_inference_steps": num_inference_steps, "height": size[0], "width": size[1], **settings}
     denoiser: Any = denoiser_of(pipeline)
     mixed = denoiser.dtype != pipeline.vae.dtype  # pipelines sample in one precision
 
-    def draw(prompt: str) -> Image.Image:
-        generator = torch.Generator().manual_seed(seed)
+    def draw() -> list[Image.Image]:
         with torch.autocast(denoiser.device.type, denoiser.dtype) if mixed else nullcontext():
-            return pipeline(prompt=prompt, generator=generator, **settings).images[0]
+            noise = (torch.Generator().manual_seed(seed) for _ in prompts)
+            pairs = zip(prompts, noise, strict=True)
+            return [pipeline(prompt=prompt, generator=one, **settings).images[0] for prompt, one in pairs]
 
     progress = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with_tokens = [draw(prompt) for prompt in prompts]
-        disable_softrepa(pipeline)
-        try:
-            without = [draw(prompt) for prompt in prompts]
-        finally:
-            enable_softrepa(pipeline)
+        with_tokens = draw()
+        with softrepa_disabled(pipeline):
+            return list(zip(draw(), with_tokens, strict=True))
     finally:
         pipeline.set_progress_bar_config(**progress)
-    return list(zip(without, with_tokens, strict=True))
 
 
-def score_side_by_side(
+def _scores(
     metrics: Sequence[ImageMetric],
-    pictures: Sequence[tuple[Image.Image, Image.Image]],
+    images: Sequence[tuple[Image.Image, Image.Image]],
     prompts: Sequence[str],
     device: torch.device,
 ) -> dict[str, float]:
-    """Returns mean scores: `validation/NAME` with the adapter and `validation/NAME/base` without.
-
-    What a metric loads is let go of before training goes on.
-    """
+    """Returns the mean scores `validation/NAME` with soft tokens and `validation/NAME/base` without."""
     asked = load_prompts(prompts) if metrics else []
     found: dict[str, float] = {}
     for metric in metrics:
         metric.setup(device)
         try:
             for side, suffix in ((1, ""), (0, "/base")):
-                scores = named_scores(metric, [pair[side] for pair in pictures], asked)
+                scores = named_scores(metric, [pair[side] for pair in images], asked)
                 found |= {f"validation/{name}{suffix}": value.nanmean().item() for name, value in scores.items()}
         finally:
-            metric.close()
+            metric.close()  # its models leave the memory before training continues
     return found
-
-
-def side_by_side_grid(pictures: Sequence[tuple[Image.Image, Image.Image]], prompts: Sequence[str]) -> Image.Image:
-    """Returns one picture: a row for each prompt, base on the left, adapter on the right, the prompt above."""
-    width, height = pictures[0][0].size
-    cell = height + _CAPTION_HEIGHT
-    grid = Image.new("RGB", (2 * width, cell * len(pictures)), "white")
-    draw = ImageDraw.Draw(grid)
-    for row, (pair, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        draw.text((2, row * cell + 2), prompt, fill="black")
-        for column, picture in enumerate(pair):
-            grid.paste(picture, (column * width, row * cell + _CAPTION_HEIGHT))
-    return grid
-
-
-def pictures_of_grid(grid: Image.Image, rows: int) -> list[tuple[Image.Image, Image.Image]]:
-    """Returns the pictures of such a grid: (base, adapter) of each row; the inverse of `side_by_side_grid`."""
-    width, cell = grid.width // 2, grid.height // max(rows, 1)
-    return [
-        (
-            grid.crop((0, row * cell + _CAPTION_HEIGHT, width, (row + 1) * cell)),
-            grid.crop((width, row * cell + _CAPTION_HEIGHT, 2 * width, (row + 1) * cell)),
-        )
-        for row in range(rows)
-        if cell > _CAPTION_HEIGHT
-    ]
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Saves a picture, with its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        picture.save(file, format="PNG")

@@ -1,4 +1,4 @@
-"""Metrics by name, one class each."""
+"""The metrics, and their classes by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,6 @@ from .detectors import BoxDetector, Detection, Detector, Mask2FormerDetector
 from .distances import CMMD, FDCLIP, FDDINOv2
 from .geneval import GenEval
 from .metric import FunctionMetric, ImageMetric, Metric, SetMetric
-from .packages import LPIPS, ImageReward
 from .vqa import VQAScore
 
 IMAGE_METRICS: Mapping[str, Callable[[], ImageMetric]] = {
@@ -20,8 +19,6 @@ IMAGE_METRICS: Mapping[str, Callable[[], ImageMetric]] = {
     "hps_v2.0": lambda: HPSv2("v2.0"),
     "vqa_score": VQAScore,
     "geneval": GenEval,
-    "image_reward": ImageReward,
-    "lpips": LPIPS,
 }
 SET_METRICS: Mapping[str, Callable[[Any], SetMetric]] = {"fd_dinov2": FDDINOv2, "fd_clip": FDCLIP, "cmmd": CMMD}
 
@@ -29,7 +26,6 @@ __all__ = [
     "CMMD",
     "FDCLIP",
     "IMAGE_METRICS",
-    "LPIPS",
     "SET_METRICS",
     "BoxDetector",
     "CLIPScore",
@@ -40,7 +36,6 @@ __all__ = [
     "GenEval",
     "HPSv2",
     "ImageMetric",
-    "ImageReward",
     "Mask2FormerDetector",
     "Metric",
     "PickScore",
@@ -52,35 +47,39 @@ __all__ = [
 
 
 def make_metric(name: str, references: str | Path | Sequence[Any] | None = None) -> Metric:
-    """Returns a metric by its name, with its published model.
+    """Returns the metric of a name, with its published model.
 
     Args:
         name: A key of `IMAGE_METRICS` or `SET_METRICS`.
-        references: Reference pictures, for `SET_METRICS`: a folder, or a sequence of files or pictures.
+        references: Reference images for a metric of `SET_METRICS`: a folder, or a sequence of files or images.
 
     Raises:
-        ValueError: There is no such metric, or it needs reference pictures.
+        ValueError: There is no such metric, or it needs reference images and none were given.
     """
     if name in IMAGE_METRICS:
         return IMAGE_METRICS[name]()
     if name not in SET_METRICS:
-        raise ValueError(f"no metric is named {name!r}; there are {', '.join([*IMAGE_METRICS, *SET_METRICS])}")
+        raise ValueError(f"no metric is named {name!r}; the metrics are {', '.join([*IMAGE_METRICS, *SET_METRICS])}")
     if references is None:
-        raise ValueError(f"{name} compares with reference pictures; give references=, a folder of them")
+        raise ValueError(f"{name} compares with reference images; pass a folder of them as references")
     return SET_METRICS[name](references)
 
 
 def as_metrics(given: Sequence[Any], references: str | Path | Sequence[Any] | None = None) -> list[Metric]:
-    """Returns metrics: as given, by name, or around functions of pictures and prompts.
+    """Returns metrics that were given as metrics, names, or functions of images and prompts.
+
+    Args:
+        given: The metrics.
+        references: Reference images for metrics of `SET_METRICS` that are given by name.
 
     Raises:
-        TypeError: One is nothing of these.
-        ValueError: Two have one name, or a name is unknown.
+        TypeError: One is neither a metric, a name nor a function.
+        ValueError: Two metrics have the same name, or there is no metric of a name.
     """
     metrics = [_as_metric(one, references) for one in given]
     names = [metric.name for metric in metrics]
     if len(set(names)) != len(names):
-        raise ValueError(f"each metric needs a name of its own, but they are {names}; pass name= to one of them")
+        raise ValueError(f"the names of metrics must differ, but are {names}; pass another name= to one of them")
     return metrics
 
 
@@ -91,4 +90,4 @@ def _as_metric(given: Any, references: str | Path | Sequence[Any] | None) -> Met
         return make_metric(given, references)
     if callable(given):
         return FunctionMetric(given)
-    raise TypeError(f"a metric is a Metric, a name or a function of pictures and prompts, but is {given!r:.60}")
+    raise TypeError(f"a metric is a Metric, a name or a function of images and prompts, but is {given!r:.60}")

@@ -1,9 +1,9 @@
-"""Metrics that compare picture and prompt in a CLIP space: `CLIPScore`, `PickScore`, `HPSv2`.
+"""Metrics that compare image and prompt by CLIP embeddings: `CLIPScore`, `PickScore`, `HPSv2`.
 
-With unit vectors v of the picture and t of the prompt:
+With the normalized embeddings v of the image and t of the prompt:
 
-    CLIPScore  2.5 max(<v, t>, 0), the prompt after "A photo depicts "
-    PickScore  s <v, t>, s the model's own logit scale
+    CLIPScore  2.5 max(<v, t>, 0), with "A photo depicts " before the prompt
+    PickScore  s <v, t>, where s is the logit scale of the model
     HPSv2      <v, t>
 """
 
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from ...compat import ClipProcessor, pooled
 from ...hub import HubOptions, fetch
+from ...quoting import one_line
 from ..prompts import Prompt
 from .loading import load
 from .metric import ImageMetric
@@ -37,13 +38,14 @@ HPS_FILES: dict[HPSVersion, str] = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS
 
 @final
 class ClipEncoder:
-    """A CLIP model with what prepares its inputs.
+    """A CLIP model with its tokenizer and image processor.
 
     Args:
         model: A `CLIPModel` in eval mode.
-        processing: Hub id or folder of its tokenizer and image processor.
-        needed_by: Name of the metric.
-        square: Stretch pictures to a square instead of cutting one out of the middle.
+        processing: Hub id or folder of the tokenizer and the image processor.
+        needed_by: Name of the metric, for messages.
+        square: Whether images are resized to a square; otherwise a square is cropped from the centre. Defaults to
+            False.
     """
 
     def __init__(self, model: Any, processing: str, needed_by: str, *, square: bool = False) -> None:
@@ -54,12 +56,12 @@ class ClipEncoder:
         self.tokenizer = load(AutoTokenizer, processing, needed_by)
 
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Returns projected features of pictures, (n, width)."""
+        """Returns the projected embeddings of images, (n, width)."""
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
         return pooled(self.model.get_image_features(pixels.to(self.model.device, self.model.dtype)))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Returns projected features of texts, (n, width); words beyond the model's length are cut off."""
+        """Returns the projected embeddings of texts, (n, width); texts are truncated to the model's length."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(
             self.model.device
@@ -67,38 +69,20 @@ class ClipEncoder:
         return pooled(self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
 
     def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        """Returns the cosine of each picture with its text, (n,) float32."""
+        """Returns the cosine of each image and its text, (n,) float32."""
         features = normalize(self.images(images).float(), dim=-1) * normalize(self.texts(texts).float(), dim=-1)
         return features.sum(-1)
 
 
-class _CosineMetric(ImageMetric):
-    """What the three have in common."""
-
-    _encoder: ClipEncoder | None = None
-
-    @property
-    def encoder(self) -> ClipEncoder:
-        if self._encoder is None:
-            raise RuntimeError(f"{self.name} has no model yet; call setup(device) first")
-        return self._encoder
-
-    def close(self) -> None:
-        self._encoder = None
-
-    def _cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        return self.encoder.cosines(images, texts)
-
-
 @final
-class CLIPScore(_CosineMetric):
-    """CLIPScore; with `weight=1, prefix=""` the plain cosine that many tables show under the same name.
+class CLIPScore(ImageMetric[ClipEncoder]):
+    """CLIPScore. With `weight=1, prefix=""` it is the plain cosine, which many tables call by the same name.
 
     Args:
-        model: CLIP model, a Hub id or folder.
-        weight: Factor of the cosine.
-        prefix: What is put before each prompt.
-        name: How tables call it.
+        model: Hub id or folder of the CLIP model. Defaults to ViT-B/32.
+        weight: Factor of the cosine. Defaults to 2.5.
+        prefix: Text before each prompt. Defaults to "A photo depicts ".
+        name: Name in tables. Defaults to `clip_score`.
     """
 
     reference = "Hessel et al. 2021, arXiv 2104.08718"
@@ -115,20 +99,20 @@ class CLIPScore(_CosineMetric):
 
     def setup(self, device: torch.device) -> None:
         model = load(CLIPModel, self.model, "CLIPScore").eval().to(device)
-        self._encoder = ClipEncoder(model, self.model, "CLIPScore")
+        self.loaded = ClipEncoder(model, self.model, "CLIPScore")
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
-        cosines = self._cosines(images, [self.prefix + prompt.text for prompt in prompts])
+        cosines = self.loaded.cosines(images, [self.prefix + prompt.text for prompt in prompts])
         return self.weight * cosines.clamp(min=0)
 
 
 @final
-class PickScore(_CosineMetric):
-    """PickScore, from a CLIP-H that was trained on people's choices.
+class PickScore(ImageMetric[ClipEncoder]):
+    """PickScore, from a CLIP ViT-H/14 that was trained on human preferences.
 
     Args:
-        model: Its model, a Hub id or folder.
-        processing: Tokenizer and image processor, a Hub id or folder.
+        model: Hub id or folder of the model. Defaults to the published one.
+        processing: Hub id or folder of the tokenizer and the image processor. Defaults to LAION's CLIP ViT-H/14.
     """
 
     name = "pick_score"
@@ -139,21 +123,22 @@ class PickScore(_CosineMetric):
 
     def setup(self, device: torch.device) -> None:
         model = load(CLIPModel, self.model, "PickScore").eval().to(device)
-        self._encoder = ClipEncoder(model, self.processing, "PickScore")
+        self.loaded = ClipEncoder(model, self.processing, "PickScore")
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
-        cosines = self._cosines(images, [prompt.text for prompt in prompts])
-        return self.encoder.model.logit_scale.exp().float() * cosines
+        cosines = self.loaded.cosines(images, [prompt.text for prompt in prompts])
+        return self.loaded.model.logit_scale.exp().float() * cosines
 
 
 @final
-class HPSv2(_CosineMetric):
-    """Human Preference Score v2, from an open_clip checkpoint that is rewritten for transformers as it is read.
+class HPSv2(ImageMetric[ClipEncoder]):
+    """Human Preference Score v2. Its open_clip checkpoint is converted for transformers when it is loaded.
 
     Args:
-        version: `"v2.1"` or `"v2.0"`.
-        weights: The checkpoint's file; fetched from the Hub unless given.
-        processing: Configuration, tokenizer and image processor of its CLIP-H, a Hub id or folder.
+        version: `"v2.1"` or `"v2.0"`. Defaults to `"v2.1"`.
+        weights: Path of the checkpoint. Defaults to the published file, which is downloaded from the Hub.
+        processing: Hub id or folder of the configuration, the tokenizer and the image processor. Defaults to LAION's
+            CLIP ViT-H/14.
     """
 
     reference = "Wu et al. 2023, arXiv 2306.09341"
@@ -166,7 +151,7 @@ class HPSv2(_CosineMetric):
         processing: str = CLIP_H,
     ) -> None:
         if version not in HPS_FILES:
-            raise ValueError(f"HPSv2 has the versions {tuple(HPS_FILES)}, but version is {version!r}")
+            raise ValueError(f"the version of HPSv2 must be one of {tuple(HPS_FILES)}, but is {version!r}")
         self.version, self.weights, self.processing = version, weights, processing
         self.name = f"hps_{version}"
 
@@ -174,10 +159,10 @@ class HPSv2(_CosineMetric):
         config = load(CLIPConfig, self.processing, "HPSv2")
         model = CLIPModel(config)
         model.load_state_dict(to_transformers(self._read(), f"the HPS {self.version} checkpoint"))
-        self._encoder = ClipEncoder(model.eval().to(device), self.processing, "HPSv2")
+        self.loaded = ClipEncoder(model.eval().to(device), self.processing, "HPSv2")
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
-        return self._cosines(images, [prompt.text for prompt in prompts])
+        return self.loaded.cosines(images, [prompt.text for prompt in prompts])
 
     def _read(self) -> dict[str, Tensor]:
         file = HPS_FILES[self.version]
@@ -195,8 +180,10 @@ class HPSv2(_CosineMetric):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise OSError(
-                f"HPSv2 needs its checkpoint, but there is no file {path}; give weights= its path"
+                f"HPSv2 needs its checkpoint, but there is no file {path}; pass its path as weights"
             ) from error
         except Exception as error:  # a damaged stream makes the reader raise almost anything
-            raise ValueError(f"{path} is no checkpoint of tensors alone ({error}); download it again") from error
+            raise ValueError(
+                f"{path} is not a checkpoint that holds only tensors ({one_line(error, 80)}); download it again"
+            ) from error
         return content.get("state_dict", content)

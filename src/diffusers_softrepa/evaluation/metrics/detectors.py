@@ -1,4 +1,4 @@
-"""Object detectors for `GenEval`: what is in a picture, where, and how sure they are."""
+"""Object detectors for `GenEval`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from .loading import load
+from .loading import HasModel, load
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 _MAX_DETECTIONS = 100
 
-# How detectors spell COCO's classes -> how GenEval does.
+# COCO's classes as detectors spell them -> as GenEval spells them.
 _SPELLINGS = {
     "mouse": "computer mouse",
     "remote": "tv remote",
@@ -32,13 +32,13 @@ _SPELLINGS = {
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object.
+    """An object that a detector found.
 
     Attributes:
-        label: Its class, in GenEval's spelling.
-        score: 0..1.
-        box: Left, top, right, bottom in pixels.
-        mask: (height, width) bool, None from a detector of boxes.
+        label: Class of the object, in GenEval's spelling.
+        score: Confidence, 0..1.
+        box: Left, top, right and bottom edge in pixels.
+        mask: Pixels of the object, (height, width) bool; None from a detector that finds boxes only.
     """
 
     label: str
@@ -47,8 +47,8 @@ class Detection:
     mask: np.ndarray | None = None
 
 
-class Detector(ABC):
-    """Finds the objects of a picture."""
+class Detector(HasModel[tuple[Any, Any]], ABC):
+    """A model that finds the objects of an image."""
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
@@ -57,14 +57,11 @@ class Detector(ABC):
     @property
     @abstractmethod
     def labels(self) -> set[str]:
-        """The classes that it knows, once set up."""
+        """The classes that the detector knows; available after `setup`."""
 
     @abstractmethod
     def detect(self, image: Image.Image) -> list[Detection]:
-        """Returns what it finds, in no order."""
-
-    def close(self) -> None:  # noqa: B027
-        """Lets go of the model."""
+        """Returns the objects of an image in any order."""
 
 
 class _Mask2Former(Mask2FormerPreTrainedModel):
@@ -80,32 +77,28 @@ class _Mask2Former(Mask2FormerPreTrainedModel):
 
 
 class _TransformersDetector(Detector, ABC):
-    """A detector of transformers and its image processor, from one Hub id or folder."""
+    """A detector and its image processor of transformers, loaded from one Hub id or folder."""
 
     _model_class: ClassVar[Any]
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._loaded: tuple[Any, Any] | None = None
 
     def setup(self, device: torch.device) -> None:
         model = load(self._model_class, self.model, "GenEval").eval().to(device)
-        self._loaded = load(AutoImageProcessor, self.model, "GenEval"), model
-
-    def close(self) -> None:
-        self._loaded = None
+        self.loaded = load(AutoImageProcessor, self.model, "GenEval"), model
 
     @property
     def labels(self) -> set[str]:
-        return set(_spelled(_ready(self._loaded)[1].config.id2label).values())
+        return set(_spelled(self.loaded[1].config.id2label).values())
 
 
 @final
 class Mask2FormerDetector(_TransformersDetector):
-    """The kind of detector that GenEval was published with: instances with masks.
+    """The detector that GenEval was published with: objects with masks.
 
     Args:
-        model: Mask2Former for instances, a Hub id or folder.
+        model: Hub id or folder of a Mask2Former for instance segmentation. Defaults to the small one for COCO.
     """
 
     _model_class = _Mask2Former
@@ -115,7 +108,7 @@ class Mask2FormerDetector(_TransformersDetector):
 
     @torch.no_grad()
     def detect(self, image: Image.Image) -> list[Detection]:
-        processor, model = _ready(self._loaded)
+        processor, model = self.loaded
         inputs = processor(images=[image], return_tensors="pt")
         inputs = {name: inputs[name].to(model.device) for name in ("pixel_values", "pixel_mask") if name in inputs}
         found = model.model(**inputs, output_hidden_states=True)
@@ -127,17 +120,17 @@ class Mask2FormerDetector(_TransformersDetector):
 
 @final
 class BoxDetector(_TransformersDetector):
-    """Any object detector of transformers that knows COCO's classes (YOLOS, DETR, RT-DETR): boxes without masks.
+    """An object detector of transformers that knows COCO's classes (YOLOS, DETR, RT-DETR): boxes without masks.
 
     Args:
-        model: A Hub id or folder.
+        model: Hub id or folder of the detector.
     """
 
     _model_class = AutoModelForObjectDetection
 
     @torch.no_grad()
     def detect(self, image: Image.Image) -> list[Detection]:
-        processor, model = _ready(self._loaded)
+        processor, model = self.loaded
         output = model(**processor(images=[image], return_tensors="pt").to(model.device))
         sizes = torch.tensor([image.size[::-1]])
         (found,) = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
@@ -147,12 +140,12 @@ class BoxDetector(_TransformersDetector):
 
 
 def instances(classes: Tensor, masks: Tensor, labels: dict[int, str]) -> list[Detection]:
-    """Returns the best 100 pairs of a query and a class, each with its mask and the box around it.
+    """Returns the 100 pairs of a query and a class with the highest probability, each with its mask and bounding box.
 
-    The score of a pair is the probability of the class times the mean probability of the mask inside itself.
+    The score of a pair is the probability of the class times the mean probability of the mask over its pixels.
 
     Args:
-        classes: Logits (queries, classes + 1), the last one for no object.
+        classes: Logits (queries, classes + 1); the last class is no object.
         masks: Logits (queries, height, width).
         labels: Name of each class.
 
@@ -175,9 +168,3 @@ def instances(classes: Tensor, masks: Tensor, labels: dict[int, str]) -> list[De
 
 def _spelled(id2label: dict[Any, str]) -> dict[int, str]:
     return {int(number): _SPELLINGS.get(label, label) for number, label in id2label.items()}
-
-
-def _ready(loaded: tuple[Any, Any] | None) -> tuple[Any, Any]:
-    if loaded is None:
-        raise RuntimeError("the detector has no model yet; call setup(device) first")
-    return loaded

@@ -1,8 +1,8 @@
-"""Distances between sets of pictures by their features: Frechet distances (FD) and CMMD.
+"""Distances between sets of images, computed from their features: Frechet distances (FD) and CMMD.
 
 FD    |m - n|^2 + tr(C + D - 2 (C^1/2 D C^1/2)^1/2)     means m, n and covariances C, D of the features
 CMMD  1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)), k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), sigma 10,
-      in unit CLIP features; the means run over all pairs, a picture with itself included
+      of normalized CLIP features; the means are over all pairs, including those of an image with itself
 """
 
 from abc import abstractmethod
@@ -26,20 +26,20 @@ _CHUNK = 1024
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """Returns the Frechet distance of two Gaussians that fit the features, (n, width) and (m, width).
+    """Returns the Frechet distance between the Gaussians that fit two sets of features, (n, width) and (m, width).
 
     Raises:
-        ValueError: A set has fewer than two rows.
+        ValueError: A set of features has fewer than two rows.
     """
     if min(len(one), len(other)) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 pictures on each side, not {len(one)} and {len(other)}")
+        raise ValueError(f"a Frechet distance needs at least 2 images on each side, not {len(one)} and {len(other)}")
     one, other = one.double(), other.double()
     covariance, other_covariance = one.T.cov(), other.T.cov()
     root = _root(covariance)
     cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
     traces = covariance.trace() + other_covariance.trace()
     distance = (one.mean(0) - other.mean(0)).square().sum() + traces - 2 * cross
-    return max(distance.item(), 0.0)  # rounding may take equal sets below 0
+    return max(distance.item(), 0.0)  # rounding may make the distance of equal sets negative
 
 
 def _root(matrix: Tensor) -> Tensor:
@@ -59,28 +59,22 @@ def maximum_mean_discrepancy(one: Tensor, other: Tensor, *, sigma: float = 10.0,
     return (scale * (mean_kernel(one, one) + mean_kernel(other, other) - 2 * mean_kernel(one, other))).item()
 
 
-class _ClipDistance(SetMetric):
-    """A distance in the features of a CLIP model."""
+class _ClipDistance(SetMetric[ClipEncoder]):
+    """A distance between CLIP features."""
 
     square: bool
 
     def __init__(self, references: str | Path | Sequence[Any], model: str) -> None:
         super().__init__(references)
         self.model = model
-        self._encoder: ClipEncoder | None = None
 
     def setup(self, device: torch.device) -> None:
         model = load(CLIPModel, self.model, self.name).eval().to(device)
-        self._encoder = ClipEncoder(model, self.model, self.name, square=self.square)
-
-    def close(self) -> None:
-        self._encoder = None
+        self.loaded = ClipEncoder(model, self.model, self.name, square=self.square)
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        if self._encoder is None:
-            raise RuntimeError(f"{self.name} has no model yet; call setup(device) first")
-        return self._finished(self._encoder.images(images).float()).cpu()
+        return self._finished(self.loaded.images(images).float()).cpu()
 
     @abstractmethod
     def _finished(self, features: Tensor) -> Tensor: ...
@@ -88,11 +82,11 @@ class _ClipDistance(SetMetric):
 
 @final
 class FDCLIP(_ClipDistance):
-    """Frechet distance in the image features of CLIP ViT-B/32.
+    """Frechet distance of CLIP image features.
 
     Args:
-        references: The reference pictures: a folder, or a sequence of files or pictures.
-        model: CLIP model, a Hub id or folder.
+        references: The reference images: a folder, or a sequence of files or images.
+        model: Hub id or folder of the CLIP model. Defaults to ViT-B/32.
     """
 
     name = "fd_clip"
@@ -111,11 +105,11 @@ class FDCLIP(_ClipDistance):
 
 @final
 class CMMD(_ClipDistance):
-    """CLIP maximum mean discrepancy: no Gaussian is assumed, and small sets do.
+    """CLIP maximum mean discrepancy, which assumes no Gaussian and is usable with hundreds of images.
 
     Args:
-        references: The reference pictures: a folder, or a sequence of files or pictures.
-        model: CLIP model, a Hub id or folder. Pictures are stretched to its square.
+        references: The reference images: a folder, or a sequence of files or images.
+        model: Hub id or folder of the CLIP model, to whose square images are resized. Defaults to ViT-L/14 at 336 px.
     """
 
     name = "cmmd"
@@ -133,13 +127,13 @@ class CMMD(_ClipDistance):
 
 
 @final
-class FDDINOv2(SetMetric):
-    """Frechet distance in the class token of DINOv2 ViT-L/14, pictures stretched to 224 x 224.
+class FDDINOv2(SetMetric[tuple[Any, Any]]):
+    """Frechet distance of the class tokens of DINOv2.
 
     Args:
-        references: The reference pictures: a folder, or a sequence of files or pictures.
-        model: DINOv2 model, a Hub id or folder.
-        side: Side of the square that pictures are stretched to.
+        references: The reference images: a folder, or a sequence of files or images.
+        model: Hub id or folder of the DINOv2 model. Defaults to ViT-L/14.
+        side: Side in pixels of the square that images are resized to. Defaults to 224.
     """
 
     name = "fd_dinov2"
@@ -148,21 +142,15 @@ class FDDINOv2(SetMetric):
     def __init__(self, references: str | Path | Sequence[Any], model: str = DINOV2, *, side: int = 224) -> None:
         super().__init__(references)
         self.model, self.side = model, side
-        self._loaded: tuple[Any, Any] | None = None
 
     def setup(self, device: torch.device) -> None:
         size = {"size": {"height": self.side, "width": self.side}, "do_center_crop": False}
         processor = load(AutoImageProcessor, self.model, "FD-DINOv2", **size)
-        self._loaded = processor, load(AutoModel, self.model, "FD-DINOv2").eval().to(device)
-
-    def close(self) -> None:
-        self._loaded = None
+        self.loaded = processor, load(AutoModel, self.model, "FD-DINOv2").eval().to(device)
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        if self._loaded is None:
-            raise RuntimeError("FD-DINOv2 has no model yet; call setup(device) first")
-        processor, model = self._loaded
+        processor, model = self.loaded
         pixels = processor(list(images), return_tensors="pt")["pixel_values"]
         return model(pixel_values=pixels.to(model.device, model.dtype)).pooler_output.float().cpu()
 

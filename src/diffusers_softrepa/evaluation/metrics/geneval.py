@@ -1,14 +1,14 @@
-"""`GenEval`: whether a picture shows the objects, numbers, colours and positions that its prompt asks for.
+"""`GenEval`: whether an image shows the objects, numbers, colours and positions that its prompt asks for.
 
-A prompt of GenEval's task set says what must be there (`include`: class, count, perhaps colour and position) and what
-must not (`exclude`: class, count). A detector finds the objects; of each class the surest ones are looked at:
+A prompt of GenEval's task set lists what must be there (`include`: class, count, perhaps colour and position) and what
+must not be there (`exclude`: class, count). A detector finds the objects, which are sorted by confidence:
 
-- objects surer than 0.3 (0.9 for counting) count, at most 16 of a class;
-- a colour is the one of ten whose text is nearest to the object cut out of the picture, in CLIP ViT-L/14;
+- an object counts if its confidence is above 0.3 (0.9 for counting); at most 16 of a class count;
+- the colour of an object is the one of ten whose text is nearest to the cropped object in CLIP ViT-L/14;
 - A is left of, right of, above or below B when the offset of their centres, less 0.1 of their summed sizes along each
   axis, points that way by more than half of the offset's length.
 
-A picture is right when all of that holds: score 1 or 0. The published total is the mean of the categories' means.
+The score is 1 if all of that holds and 0 otherwise. The published total is the mean of the categories' means.
 
 Source: Ghosh et al. 2023, arXiv 2310.11513, and its published evaluation script.
 """
@@ -41,12 +41,12 @@ Box = tuple[float, float, float, float]
 
 
 @final
-class GenEval(ImageMetric):
-    """The share of pictures that show what GenEval's prompts ask for.
+class GenEval(ImageMetric[ClipEncoder]):
+    """The share of images that show what GenEval's prompts ask for.
 
     Args:
-        detector: Finds the objects.
-        color_model: CLIP model that names colours, a Hub id or folder.
+        detector: Detector that finds the objects. Defaults to a `Mask2FormerDetector`.
+        color_model: Hub id or folder of the CLIP model that names colours. Defaults to ViT-L/14.
     """
 
     name = "geneval"
@@ -55,17 +55,16 @@ class GenEval(ImageMetric):
     def __init__(self, detector: Detector | None = None, color_model: str = CLIP_L) -> None:
         self.detector = detector or Mask2FormerDetector()
         self.color_model = color_model
-        self._encoder: ClipEncoder | None = None
         self._colors: dict[str, Tensor] = {}
 
     def setup(self, device: torch.device) -> None:
         self.detector.setup(device)
         model = load(CLIPModel, self.color_model, "GenEval").eval().to(device)
-        self._encoder, self._colors = ClipEncoder(model, self.color_model, "GenEval"), {}
+        self.loaded, self._colors = ClipEncoder(model, self.color_model, "GenEval"), {}
 
     def close(self) -> None:
         self.detector.close()
-        self._encoder = None
+        super().close()
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
         return torch.tensor([float(self._correct(*pair)) for pair in zip(images, prompts, strict=True)])
@@ -79,22 +78,23 @@ class GenEval(ImageMetric):
         asked = {need["class"] for need in [*task["include"], *task.get("exclude", [])]}
         unknown = sorted(asked - self.detector.labels)
         if unknown:
-            raise ValueError(f"the detector knows no {', '.join(unknown)}, which prompt {prompt.id!r} asks for")
+            raise ValueError(
+                f"the detector does not know {', '.join(unknown)}, which prompt {prompt.id!r} asks for; use a "
+                "detector of COCO's classes"
+            )
         found = surest(self.detector.detect(image), COUNTING_THRESHOLD if task.get("tag") == "counting" else THRESHOLD)
         return is_correct(task, found, lambda objects, label: self.colors(image, objects, label))
 
     def colors(self, image: Image.Image, objects: Sequence[Detection], label: str) -> list[str]:
         """Returns the colour of each object."""
-        if self._encoder is None:
-            raise RuntimeError("GenEval has no model yet; call setup(device) first")
         if label not in self._colors:
-            self._colors[label] = self._color_texts(self._encoder, label)
-        crops = self._encoder.images([cut_out(image, one) for one in objects])
+            self._colors[label] = self._color_texts(self.loaded, label)
+        crops = self.loaded.images([cut_out(image, one) for one in objects])
         nearest = (normalize(crops.float(), dim=-1) @ self._colors[label].T).argmax(-1)
         return [COLORS[index] for index in nearest.tolist()]
 
     def _color_texts(self, encoder: ClipEncoder, label: str) -> Tensor:
-        """Returns a direction for each colour, (colours, width): the mean over the templates."""
+        """Returns an embedding for each colour, (colours, width): the mean over the templates."""
         texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
         features = normalize(encoder.texts(texts).float(), dim=-1).unflatten(0, (len(COLORS), len(TEMPLATES)))
         return normalize(features.mean(1), dim=-1)
@@ -103,14 +103,14 @@ class GenEval(ImageMetric):
 def _task(prompt: Prompt) -> Mapping[str, Any]:
     if "include" not in prompt.metadata:
         raise ValueError(
-            f"GenEval scores its own task set, but prompt {prompt.id!r} has no 'include'; load its "
+            f"GenEval scores only its own task set, but prompt {prompt.id!r} has no 'include'; load GenEval's "
             "evaluation_metadata.jsonl with load_prompts"
         )
     return prompt.metadata
 
 
 def surest(found: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
-    """Returns the objects above a threshold by class, the surest first and at most 16 of each."""
+    """Returns the objects above a threshold by class, at most 16 of each, by falling confidence."""
     kept: dict[str, list[Detection]] = {}
     for one in sorted(found, key=lambda one: -one.score):
         if one.score > threshold and len(kept.setdefault(one.label, [])) < MAX_OBJECTS:
@@ -123,12 +123,12 @@ def is_correct(
     found: Mapping[str, Sequence[Detection]],
     colors_of: Callable[[Sequence[Detection], str], list[str]],
 ) -> bool:
-    """Returns whether a picture is what a task asks for.
+    """Returns whether the objects of an image are those that a task asks for.
 
     Args:
         task: `include` and `exclude`, as in GenEval's JSONL.
-        found: The objects by class, the surest first.
-        colors_of: Names the colour of each object, given also their class.
+        found: The objects by class, by falling confidence.
+        colors_of: Function from objects and their class to the colour of each.
     """
     groups: list[Sequence[Detection] | None] = []
     for need in task["include"]:
@@ -156,7 +156,7 @@ def _meets(
 
 
 def relations(one: Box, other: Box) -> set[str]:
-    """Returns how one box lies to another: some of `left of`, `right of`, `above`, `below`."""
+    """Returns the position of one box relative to another: a subset of `left of`, `right of`, `above`, `below`."""
     offset, beyond = [], []
     for low, high in ((0, 2), (1, 3)):
         apart = (one[low] + one[high] - other[low] - other[high]) / 2
@@ -171,8 +171,8 @@ def relations(one: Box, other: Box) -> set[str]:
 
 
 def cut_out(image: Image.Image, found: Detection) -> Image.Image:
-    """Returns an object's box, grey where its mask says that it is not."""
-    picture = image.convert("RGB")
+    """Returns the part of an image in an object's box, grey outside the object's mask."""
+    whole = image.convert("RGB")
     if found.mask is not None:
-        picture = Image.composite(picture, Image.new("RGB", picture.size, _BACKGROUND), Image.fromarray(found.mask))
-    return picture.crop(found.box)  # type: ignore[arg-type]  # rounds
+        whole = Image.composite(whole, Image.new("RGB", whole.size, _BACKGROUND), Image.fromarray(found.mask))
+    return whole.crop(found.box)  # type: ignore[arg-type]  # rounds

@@ -1,11 +1,34 @@
-"""Weights and packages that metrics need: had, or one sentence about what is missing and how to get it."""
+"""Loading of the models that metrics need, with errors that say what is missing and how to get it."""
 
-import importlib
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-_PACKAGES = {"lpips": "lpips", "ImageReward": "image-reward"}
+Loaded = TypeVar("Loaded")
+
+
+class HasModel(Generic[Loaded]):
+    """Something that loads a model in `setup` and releases it in `close`."""
+
+    _loaded: Loaded | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """What `setup` loaded: a model, or a model with its processor.
+
+        Raises:
+            RuntimeError: `setup` has not been called, or `close` has.
+        """
+        if self._loaded is None:
+            raise RuntimeError(f"{type(self).__name__} has no model yet; call setup(device) first")
+        return self._loaded
+
+    @loaded.setter
+    def loaded(self, value: Loaded) -> None:
+        self._loaded = value
+
+    def close(self) -> None:
+        """Releases what `setup` loaded."""
+        self._loaded = None
 
 
 def load(cls: Any, source: str, needed_by: str, **options: Any) -> Any:
@@ -13,12 +36,12 @@ def load(cls: Any, source: str, needed_by: str, **options: Any) -> Any:
 
     Args:
         cls: A class of transformers.
-        source: A Hub id or a folder.
-        needed_by: Name of the metric.
-        options: Further arguments.
+        source: Hub id or folder.
+        needed_by: Name of the metric, for messages.
+        options: Further arguments of `from_pretrained`.
 
     Raises:
-        OSError: It cannot be had; the library's own error is the cause.
+        OSError: It cannot be loaded; the error of transformers is the cause.
     """
     try:
         return cls.from_pretrained(source, **options)
@@ -32,19 +55,4 @@ def load(cls: Any, source: str, needed_by: str, **options: Any) -> Any:
         raise OSError(
             f"{needed_by} needs {cls.__name__} of {source}, which cannot be loaded ({reason}); {way}, or "
             "give a folder that holds it"
-        ) from error
-
-
-def package(name: str, needed_by: str) -> ModuleType:
-    """Returns an optional package.
-
-    Raises:
-        ImportError: It is not installed, or does not import beside what is installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # old packages fail in many ways beside new ones
-        raise ImportError(
-            f"{needed_by} is scored by the package {_PACKAGES[name]}, which cannot be imported ({error}); install it "
-            f"with `pip install {_PACKAGES[name]}`, in an environment of its own if it does not fit this one"
         ) from error

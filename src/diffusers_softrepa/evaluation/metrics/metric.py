@@ -1,4 +1,4 @@
-"""What a metric is: of single pictures (`ImageMetric`) or of all pictures of a setting at once (`SetMetric`)."""
+"""The base classes of metrics: `ImageMetric` scores each image, `SetMetric` all images of a setting together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,19 +10,20 @@ from PIL import Image
 from torch import Tensor
 
 from ..prompts import Prompt
+from .loading import HasModel, Loaded
 
 Scores = Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class Metric(ABC):  # noqa: B024  (what is abstract differs between its two kinds)
-    """One measure of pictures.
+class Metric(HasModel[Loaded], ABC):
+    """A measure of images.
 
     Attributes:
-        name: How tables call it.
-        higher_is_better: Its direction.
-        reference: Where it was published.
-        batch_size: Pictures that it takes at once.
+        name: Name in tables.
+        higher_is_better: Whether higher scores are better.
+        reference: Publication of the metric.
+        batch_size: Number of images that are passed to it at once.
     """
 
     name: str = "metric"
@@ -30,42 +31,50 @@ class Metric(ABC):  # noqa: B024  (what is abstract differs between its two kind
     reference: str = ""
     batch_size: int = 16
 
-    def setup(self, device: torch.device) -> None:  # noqa: B027  (many have nothing to load)
-        """Loads what it needs; called once before the first pictures.
+    def setup(self, device: torch.device) -> None:
+        """Loads the model and assigns it to `loaded`; called before images are scored.
+
+        Args:
+            device: Device that the metric runs on.
 
         Raises:
-            OSError: Weights cannot be had.
+            OSError: The weights cannot be found or downloaded.
             ImportError: A package is not installed.
         """
 
-    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027  (most can score any prompt)
-        """Raises if it cannot score pictures of these prompts; asked before anything is drawn.
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Checks that images of these prompts can be scored; called before anything is drawn.
 
         Args:
             prompts: All prompts of the evaluation.
 
         Raises:
             ValueError: A prompt lacks something that the metric compares with.
-            OSError: A file that a prompt names is not there.
+            OSError: A file that a prompt names does not exist.
         """
 
-    def close(self) -> None:  # noqa: B027
-        """Lets go of what `setup` loaded."""
 
-
-class ImageMetric(Metric):
-    """A measure of each picture, given its prompt."""
+class ImageMetric(Metric[Loaded]):
+    """A measure of each image and its prompt."""
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Scores:
-        """Returns a number for each picture, (n,); or several by name. NaN where it does not apply."""
+        """Returns a score for each image, or several scores by name.
+
+        Args:
+            images: n images in RGB.
+            prompts: The prompt of each image.
+
+        Returns:
+            Numbers (n,), or a mapping of names to numbers (n,); NaN where a score does not apply.
+        """
 
 
-class SetMetric(Metric):
-    """A distance between the pictures of a setting and reference pictures, by the features of both.
+class SetMetric(Metric[Loaded]):
+    """A distance between the images of a setting and reference images, computed from features of both.
 
     Args:
-        references: The reference pictures: a folder, or a sequence of files or pictures.
+        references: The reference images: a folder, or a sequence of files or images.
     """
 
     higher_is_better = False
@@ -75,14 +84,14 @@ class SetMetric(Metric):
 
     @abstractmethod
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Returns the features of pictures, (n, width) float32 on the CPU."""
+        """Returns the features of images, (n, width) float32 on the CPU."""
 
     @abstractmethod
     def distance(self, features: Tensor, reference_features: Tensor) -> float:
-        """Returns the distance of two sets of features, (n, width) and (m, width)."""
+        """Returns the distance between two sets of features, (n, width) and (m, width)."""
 
     def reference_features(self) -> Tensor:
-        """Returns the features of the reference pictures, (m, width)."""
+        """Returns the features of the reference images, (m, width) float32 on the CPU."""
         batches = range(0, len(self.references), self.batch_size)
         return torch.cat(
             [self.features([opened(one) for one in self.references[at : at + self.batch_size]]) for at in batches]
@@ -90,14 +99,15 @@ class SetMetric(Metric):
 
 
 @final
-class FunctionMetric(ImageMetric):
-    """Any function of pictures and prompts as a metric.
+class FunctionMetric(ImageMetric[None]):
+    """A metric made of a function of images and prompts.
 
     Args:
-        function: Takes the pictures and their `Prompt`s; returns a number for each, or several by name.
-        name: How tables call it; the function's name unless given.
-        higher_is_better: Its direction.
-        reference: Where it was published.
+        function: Function that takes a list of images and the list of their `Prompt`s, and returns a number for each
+            image, or several numbers by name.
+        name: Name in tables. Defaults to the name of the function.
+        higher_is_better: Whether higher scores are better. Defaults to True.
+        reference: Publication of the metric. Defaults to none.
     """
 
     def __init__(
@@ -117,10 +127,15 @@ class FunctionMetric(ImageMetric):
 
 
 def named_scores(metric: ImageMetric, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Returns the scores of pictures by name, `metric` or `metric/part`, each (n,) float64 on the CPU.
+    """Returns the scores of images by name, `metric` or `metric/part`, each (n,) float64 on the CPU.
+
+    Args:
+        metric: The metric, after its `setup`.
+        images: n images in RGB.
+        prompts: The prompt of each image.
 
     Raises:
-        ValueError: The metric did not return a number for each picture.
+        ValueError: The metric did not return one number for each image.
     """
     with torch.no_grad():
         found = metric.score(images, prompts)
@@ -133,13 +148,13 @@ def named_scores(metric: ImageMetric, images: Sequence[Image.Image], prompts: Se
     for name, value in scores.items():
         if value.shape != (len(images),):
             raise ValueError(
-                f"{name} must be one number for each of {len(images)} pictures, but has shape {tuple(value.shape)}"
+                f"{name} must be one number for each of {len(images)} images, but has shape {tuple(value.shape)}"
             )
     return scores
 
 
 def opened(image: Image.Image | str | Path) -> Image.Image:
-    """Returns a picture in RGB, read from a file if it is one."""
+    """Returns an image in RGB; a path is opened."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     with Image.open(image) as file:
@@ -150,10 +165,8 @@ def _listed(references: str | Path | Sequence[Any]) -> list[Any]:
     if isinstance(references, str | Path):
         folder = Path(references)
         if not folder.is_dir():
-            raise OSError(f"reference pictures are in a folder, but there is no folder {folder}")
+            raise OSError(f"reference images must be in a folder, but there is no folder {folder}")
         references = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(references) < 2:
-        raise ValueError(
-            f"a distance between sets needs at least 2 reference pictures, but there are {len(references)}"
-        )
+        raise ValueError(f"a distance between sets needs at least 2 reference images, but there are {len(references)}")
     return list(references)

@@ -1,7 +1,7 @@
-"""The names of open_clip's CLIP checkpoints, rewritten as those of transformers' `CLIPModel`.
+"""Conversion of open_clip's CLIP checkpoints to the parameter names of transformers' `CLIPModel`.
 
-Both hold the same numbers; open_clip keeps the three attention projections in one matrix (3D, D), and its two
-projections into the shared space are written x @ W where transformers writes W x.
+The numbers are the same. open_clip stores the three attention projections as one matrix (3D, D), and the transposes of
+the two projections into the shared space.
 """
 
 import re
@@ -32,7 +32,7 @@ _SINGLE = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
 _TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
-_IGNORED = ("attn_mask",)  # a constant that some releases keep among the weights
+_IGNORED = ("attn_mask",)  # a constant that some releases store among the weights
 _RESBLOCK = re.compile(r"((?:visual\.)?transformer\.)resblocks\.(\d+)\.(.+)\.(weight|bias)")
 _IN_PROJECTION = re.compile(r"((?:visual\.)?transformer\.)resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 
@@ -41,11 +41,11 @@ def to_transformers(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor
     """Returns the state dict of a `CLIPModel`, float32.
 
     Args:
-        state: Of open_clip's `CLIP`.
-        where: What it is, for errors.
+        state: State dict of open_clip's `CLIP`.
+        where: What the checkpoint is, for messages.
 
     Raises:
-        ValueError: It holds a name that is not one of a CLIP with two transformers.
+        ValueError: The checkpoint has a parameter that a CLIP with two transformers does not have.
     """
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():

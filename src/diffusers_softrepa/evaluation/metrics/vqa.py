@@ -19,17 +19,17 @@ ANSWER = "Yes"
 
 
 @final
-class VQAScore(ImageMetric):
-    """VQAScore with a vision-language model of transformers: P(answer | picture, question).
+class VQAScore(ImageMetric[tuple[Any, Any]]):
+    """VQAScore with a vision-language model of transformers: P(answer | image, question).
 
-    The probability of an answer of several tokens is the product of theirs.
+    The probability of an answer is the product of the probabilities of its tokens.
 
     Args:
-        model: A chat model that reads pictures, a Hub id or folder. Its processor must do without torchvision where
-            that is not installed; LLaVA's does.
-        question: `{}` stands for the prompt.
-        answer: The answer that counts.
-        dtype: Of the model; half precision (bfloat16) on accelerators and float32 elsewhere unless given.
+        model: Hub id or folder of a chat model that takes images. Where torchvision is not installed, its processor
+            must not need it. Defaults to LLaVA 1.5 7B, whose processor does not.
+        question: The question, with `{}` in place of the prompt.
+        answer: The answer whose probability is the score. Defaults to "Yes".
+        dtype: Precision of the model. Defaults to bfloat16 on accelerators and to float32 on the CPU.
     """
 
     name = "vqa_score"
@@ -40,24 +40,18 @@ class VQAScore(ImageMetric):
         self, model: str = LLAVA, *, question: str = QUESTION, answer: str = ANSWER, dtype: torch.dtype | None = None
     ) -> None:
         self.model, self.question, self.answer, self.dtype = model, question, answer, dtype
-        self._loaded: tuple[Any, Any] | None = None
 
     def setup(self, device: torch.device) -> None:
         dtype = self.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         processor = load(AutoProcessor, self.model, "VQAScore")
         if processor.chat_template is None:
-            raise ValueError(f"VQAScore asks a chat model, but {self.model} has no chat template; use another one")
-        processor.tokenizer.padding_side = "left"  # so that answers stand at the end of every row
+            raise ValueError(f"VQAScore needs a chat model, but {self.model} has no chat template; use another model")
+        processor.tokenizer.padding_side = "left"  # the answer must be at the end of every row
         model = load(AutoModelForImageTextToText, self.model, "VQAScore", **model_precision(dtype)).eval().to(device)
-        self._loaded = processor, model
-
-    def close(self) -> None:
-        self._loaded = None
+        self.loaded = processor, model
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Tensor:
-        if self._loaded is None:
-            raise RuntimeError("VQAScore has no model yet; call setup(device) first")
-        processor, model = self._loaded
+        processor, model = self.loaded
         asked = [self._chat(processor, prompt.text) for prompt in prompts]
         answer = processor.tokenizer(self.answer, add_special_tokens=False)["input_ids"]
         inputs = processor(images=[[image] for image in images], text=asked, padding=True, return_tensors="pt")

@@ -1,12 +1,11 @@
-"""Encodings on the disk: latents of images, hidden states of captions. A choice, since encoding costs little.
+"""A cache of tensors on the disk, for the latents of images and the encoded captions.
 
-Every entry is a safetensors file of its own that holds its numbers and a header of some hundred bytes, never the
-storage of the batch it was computed in. Files appear under their name when they are whole, so a cache that was being
-filled when its process died goes on where it stood. What the entries depend on (model, size, precision, ...) is their
-key: another setting is another folder.
+Each entry is a safetensors file of its own, which appears under its name when it is complete: a cache whose process
+was killed is filled further from there. The folder is a hash of everything that the entries depend on (model, size,
+precision, ...), so other settings use another folder.
 
-    directory/<key>/settings.json
-    directory/<key>/<2 digits>/<hash of the entry's name>.safetensors
+    directory/<hash of the settings>/settings.json
+    directory/<hash of the settings>/<2 digits>/<hash of the entry's name>.safetensors
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...files import write_whole
+from ...fingerprints import fingerprint, weights_fingerprint
 from ...quoting import human_bytes
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ Entry = dict[str, Tensor]
 
 
 class CacheTooLarge(ValueError):
-    """What would be cached is more than allowed, or more than the disk has room for."""
+    """The cache would be larger than allowed, or than the disk has room for."""
 
 
 @final
@@ -50,25 +49,26 @@ class TensorCache:
     """Named dicts of tensors in a folder.
 
     Args:
-        directory: Of all caches; made if absent.
-        settings: All that the entries depend on, as JSON: `model_fingerprint(...)`, size and crop
-            (`Framing.settings`), dtype, text length. Its hash is the key.
-        max_cache_bytes: The most that the directory may take on the disk, under all keys together; None for as much
-            as is free.
+        directory: Folder of all caches; created if it does not exist.
+        settings: Everything that the entries depend on, as JSON, such as `model_fingerprint(...)` and
+            `Framing.settings(...)`.
+        max_cache_bytes: Most bytes that `directory` may take on the disk; defaults to None, no limit.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], settings: Mapping[str, Any], *, max_cache_bytes: int | None = None
     ) -> None:
         text = json.dumps(settings, sort_keys=True, indent=2, default=str)
-        self.folder = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = Path(directory) / fingerprint(text)
         self.max_cache_bytes = max_cache_bytes
         self._present: int | None = None  # bytes when last counted, and what this process has written since
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(self.folder / "settings.json", text.encode())
 
     def __contains__(self, name: str) -> bool:
-        return _is_whole(self._path(name))
+        with suppress(FileNotFoundError, SafetensorError), safe_open(self._path(name), "pt"):
+            return True  # opening reads the header and compares it with the length of the file
+        return False
 
     def get(self, name: str) -> Entry | None:
         """Reads an entry; None if there is none, or its file is damaged."""
@@ -83,38 +83,32 @@ class TensorCache:
             return None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes an entry, whole or not at all.
+        """Writes an entry, completely or not at all.
 
         Raises:
-            OSError: The disk is full, or cannot be written.
+            OSError: The disk is full or cannot be written.
         """
         path = self._path(name)
         path.parent.mkdir(exist_ok=True)
-        content = _serialise(tensors)
+        # Copies, so that a view is stored without the rest of the tensor that it looks into.
+        content = save({key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()})
         self._write(path, content)
         if self._present is not None:
             self._present += _on_disk(len(content))
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of the names, each once, that have no whole entry."""
+        """Returns the names without a complete entry, each once."""
         return [name for name in dict.fromkeys(names) if name not in self]
 
     def num_bytes(self) -> int:
-        """What the whole directory takes on the disk now, entries under other keys included."""
+        """Returns what all caches in the directory take on the disk."""
         return sum(_on_disk(path.stat().st_size) for path in self.folder.parent.glob("*/*/*.safetensors"))
 
-    def announce(self, entry: Mapping[str, Tensor], count: int) -> int:
-        """Says how much will be written, before it is.
-
-        Args:
-            entry: The tensors of one entry, as for `estimate`.
-            count: Entries to write.
-
-        Returns:
-            The bytes on the disk that they will take.
+    def announce(self, entry: Mapping[str, Tensor], count: int) -> None:
+        """Logs how much `count` entries like this one will take, before they are written.
 
         Raises:
-            CacheTooLarge: With what is there it would be more than `max_cache_bytes`, or more than the disk has free.
+            CacheTooLarge: That is more than `max_cache_bytes` allows, or than the disk has free.
         """
         if self._present is None:
             self._present = self.num_bytes()
@@ -129,9 +123,15 @@ class TensorCache:
             )
         if needed > free:
             raise CacheTooLarge(f"{what}, but {there}; choose another disk, or encode without a cache")
-        few = needed < present / 100  # when it is filled step by step, not every step is news
+        few = needed < present / 100  # a cache that is filled step by step is not announced at every step
         logger.log(logging.DEBUG if few else logging.INFO, "caching %s: %s; %s", self.folder, what, there)
-        return needed
+
+    def remove_stale(self) -> None:
+        """Removes files that killed processes left, but none that another process may be writing."""
+        for path in self.folder.glob("**/*.partial"):
+            with suppress(FileNotFoundError):  # renamed by another process meanwhile
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()
@@ -139,7 +139,7 @@ class TensorCache:
 
     def _write(self, path: Path, content: bytes) -> None:
         try:
-            write_whole(path, content, durable=False)  # what a power cut damages counts as missing
+            write_whole(path, content, durable=False)  # a file that a power cut damages counts as missing
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -161,108 +161,66 @@ def fill(
     world_size: int = 1,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Computes and stores what is missing.
-
-    The first batch shows how large an entry is; that is announced, or refused, before anything is written.
+    """Computes and stores the missing entries; the size of the first one is announced, or refused, before.
 
     Args:
-        cache: Where to.
-        names: Of all entries that are wanted: captions, or the names of images.
-        compute: For the named entries, in their order; None for one that cannot be computed, and is left out.
+        cache: The cache to fill.
+        names: Names of all entries: captions, or names of images.
+        compute: Function from names to their entries, None for one that cannot be computed and is left out.
         batch_size: Names per call of `compute`.
-        rank: Of this process, which computes every `world_size`-th of them.
-        world_size: Processes that fill the cache together.
-        stop: Asked before each batch whether to leave the rest for another time.
+        rank: Number of this process, which computes every `world_size`-th entry.
+        world_size: Number of processes that fill the cache together.
+        stop: Function that is called before each batch; filling stops where it returns True.
 
     Returns:
         How many entries this process wrote.
 
     Raises:
-        CacheTooLarge: They would not fit.
+        CacheTooLarge: The entries would not fit.
         ValueError: `compute` returned another number of entries than it was asked for.
-        OSError: The disk is full, or cannot be written.
+        OSError: The disk is full or cannot be written.
     """
     names = list(dict.fromkeys(names))
     missing = dict.fromkeys(cache.missing(names))
     if missing:
-        _remove_stale(cache.folder)
-    written, announced = 0, False
-    for batch in _batches([name for name in names[rank::world_size] if name in missing], batch_size):
+        cache.remove_stale()
+    mine = [name for name in names[rank::world_size] if name in missing]
+    written = 0
+    for start in range(0, len(mine), batch_size):
         if stop():
             break
+        batch = mine[start : start + batch_size]
         entries = compute(batch)
         if len(entries) != len(batch):
             raise ValueError(
                 f"compute must return one entry per name but got {len(batch)} names, {len(entries)} entries"
             )
         for name, entry in zip(batch, entries, strict=True):
-            if entry is None:
-                continue
-            if not announced:
-                cache.announce(entry, len(missing))
-                announced = True
-            cache.put(name, entry)
-            written += 1
+            if entry is not None:
+                if not written:
+                    cache.announce(entry, len(missing))
+                cache.put(name, entry)
+                written += 1
     return written
 
 
 def estimate(entry: Mapping[str, Tensor], count: int) -> int:
-    """Bytes on the disk that a cache takes.
-
-    Args:
-        entry: The tensors of one entry; for a plan before there is a model, empty ones on the `meta` device.
-        count: Entries: images, or different captions and hard negatives.
-    """
+    """Returns the bytes on the disk of `count` entries like this one, whose tensors may be on the `meta` device."""
     return count * _on_disk(sum(tensor.nbytes for tensor in entry.values()) + _HEADER_BYTES)
 
 
 def model_fingerprint(model: nn.Module, name: str = "") -> str:
-    """A short text that is the same for the same model: its name, class, config and a few of its weights.
+    """Returns a short text that is the same for the same model: a hash of its class, config and some of its weights.
 
     Args:
-        model: An encoder; weights that are not in memory (`meta`) are left out.
-        name: Path or Hub name, if it should count.
+        model: An encoder; weights that are not in memory (`meta`) count by shape and dtype.
+        name: Path or Hub name, if it should count too.
     """
     config = getattr(model, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     config = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    digest = hashlib.sha256(json.dumps([name, type(model).__name__, config], sort_keys=True, default=str).encode())
-    weights = list(model.named_parameters())
-    for key, weight in weights[:: max(1, len(weights) // 16)]:
-        digest.update(f"{key} {tuple(weight.shape)} {weight.dtype} ".encode())
-        values = weight.data
-        if type(values) is Tensor and not values.is_meta:  # some quantised weights are tensors of another class
-            digest.update(values.flatten()[:16].cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
-    """Copies to the CPU, so that a view brings its own numbers and not the storage that it looks into."""
-    return save({key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()})
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt"):  # reads the header and compares it with the length of the file
-            return True
-    except (FileNotFoundError, SafetensorError):
-        return False
-
-
-def _remove_stale(folder: Path) -> None:
-    """Removes what killed processes left, not what others are writing now."""
-    for path in folder.glob("**/*.partial"):
-        try:
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-        except FileNotFoundError:  # renamed by another process meanwhile
-            continue
-
-
-def _batches(names: list[str], size: int) -> Iterator[list[str]]:
-    left = iter(names)
-    while batch := list(islice(left, size)):
-        yield batch
+    facts = [name, type(model).__name__, config, weights_fingerprint(model)]
+    return fingerprint(json.dumps(facts, sort_keys=True, default=str))
 
 
 def _on_disk(size: int) -> int:

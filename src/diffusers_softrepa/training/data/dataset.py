@@ -1,14 +1,14 @@
-"""Where images and captions come from: every kind of data set, read as numbered examples that are not decoded yet.
+"""Data sets of images and captions, of every kind, read as numbered examples that are not decoded yet.
 
-An example is one image with the captions that are true of it, and perhaps hard negatives: captions written for that
-image that are not. The columns that hold them can be named, are found by their usual names otherwise:
+An example is one image with captions that are true of it, and possibly written negatives: captions that are wrong for
+it. The columns that hold them can be named, and are found by their usual names otherwise:
 
 - image: `image`, or the extension in webdataset shards (`jpg`, `png`, ...)
 - captions: `text`, `caption`, `captions`, `txt`, `prompt`, `description`, ...: a string or a list of strings, or
   several such columns; `a.b` for the entry `b` of a column `a` of JSON objects
-- hard negatives: only the column that is named
+- written negatives: only the column that is named
 
-A caption that is empty, or that no text encoder can read because it holds half of a character, is left out.
+Captions that are empty, or hold half of a character (a lone surrogate), are left out.
 """
 
 from __future__ import annotations
@@ -35,35 +35,25 @@ from .folders import TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-_CAPTION_COLUMNS = (
-    "text",
-    "caption",
-    "captions",
-    "txt",
-    "prompt",
-    "prompts",
-    "description",
-    "caption_text",
-    "sentence",
-)
+_CAPTIONS = "text caption captions txt prompt prompts description caption_text sentence"
 _FINGERPRINTED = 64  # examples
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image and its captions: as stored, and from `loader.Reader` on with what a batch takes of it.
+    """One image and its captions; the fields from `caption` on are set by `loader.Reader`.
 
     Attributes:
-        image: What `image.fetch` reads; the error if the data set itself could not read it; None once it is decoded.
-        captions: True of the image; stripped, without the empty ones.
-        negative_captions: Written hard negatives, likewise.
-        name: For messages: its number and its file if it has one.
-        caption: The one that was drawn among `captions`.
-        pixels: (3, H, W) float32 in [-1, 1]; None before it is decoded, and where the latents come from a cache.
+        image: Anything that `image.fetch` reads, or the error of the data set; None once it is decoded.
+        captions: Captions that are true of the image, without empty ones.
+        negative_captions: Written negatives, without empty ones.
+        name: Its number, and its file if it has one, for messages.
+        caption: The caption that was drawn from `captions`.
+        pixels: Pixels (3, H, W) float32 in [-1, 1]; None before it is decoded or with cached latents.
         latents: The cached tensors of the image; None without a cache.
-        image_id: Equal for equal images, in [0, 2^63).
-        size: (H, W) of the pixels.
+        image_id: A number in [0, 2^63) that is equal for equal images.
+        size: Size (H, W) of the pixels.
     """
 
     image: Any
@@ -80,12 +70,12 @@ class Example:
 @final
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A run of examples that can be read in any order.
+    """Consecutive examples that can be read in any order.
 
     Attributes:
-        start: Number of the first one in its epoch.
-        size: How many.
-        read: The example at a place in 0..size - 1.
+        start: Number of the first example in its epoch.
+        size: Number of examples.
+        read: Function that returns the example at a place in 0..size - 1.
     """
 
     start: int
@@ -96,14 +86,14 @@ class Block:
 @final
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a row hold what."""
+    """The columns that hold images, captions and written negatives."""
 
     image: str
     captions: tuple[str, ...]
     negative_captions: str | None = None
 
     def stored(self, present: Iterable[str], *, images: bool = True) -> list[str]:
-        """The columns of a data set that must be read."""
+        """Returns the columns of a data set that must be read."""
         texts = [*self.captions, *([self.negative_captions] if self.negative_captions else [])]
         wanted = [self.image, *texts] if images else texts
         return list(dict.fromkeys(name if name in present else name.split(".")[0] for name in wanted))
@@ -123,7 +113,7 @@ class Columns:
         return Example(image, *self.texts(row, name), name)
 
     def texts(self, row: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The captions and the hard negatives of one row; errors as `example`."""
+        """Returns the captions and the written negatives of one row; errors as in `example`."""
         if not isinstance(row, Mapping):
             row = _as_mapping(row)
         captions: list[str] = []
@@ -148,9 +138,9 @@ class Part:
     """One of the data sets that examples come from.
 
     Attributes:
-        rows: Anything with `len` and `[]`, or a `datasets.IterableDataset`, whose order is kept.
-        columns: Which columns hold what.
-        weight: How often an epoch has each of its examples; of 2.5, a changing half of them three times.
+        rows: Anything with `len` and `[]`, or a `datasets.IterableDataset`.
+        columns: The columns to read.
+        weight: How often an epoch has each example; with 2.5, a changing half of them three times. Defaults to 1.
     """
 
     rows: Any
@@ -163,8 +153,8 @@ class Examples:
     """The numbered examples of one or several data sets.
 
     Args:
-        parts: The data sets; a stream stands alone and has weight 1.
-        source: The path or name that they were opened by, if it was one.
+        parts: The data sets; a stream must be the only one.
+        source: The path or name that they were opened by; defaults to None.
     """
 
     def __init__(self, parts: Sequence[Part], *, source: str | None = None) -> None:
@@ -175,12 +165,12 @@ class Examples:
 
     @property
     def count(self) -> int | None:
-        """How many different ones, None if that shows only at the end of a stream."""
+        """Number of different examples; None for a stream."""
         return None if self._streamed else self._ends[-1]
 
     @property
     def weights(self) -> list[tuple[range, float]]:
-        """Which examples come how often in an epoch; none of a stream, whose examples come once."""
+        """How often the examples of each range come in an epoch; empty for a stream, whose examples come once."""
         if self._streamed:
             return []
         starts = [0, *self._ends]
@@ -189,11 +179,11 @@ class Examples:
         ]
 
     def blocks(self, *, block_size: int, seed: int | None = None) -> Iterator[Block]:
-        """One epoch of examples: one block if they can be read in any order, else blocks in the order of the stream.
+        """Yields the examples of one epoch, in one block, or in several for a stream.
 
         Args:
-            block_size: Of a stream's blocks, which are held in memory as stored.
-            seed: Draws the order of a stream's shards; None keeps it.
+            block_size: Number of examples of a stream that are held in memory, not decoded.
+            seed: Seed of the order of a stream's shards; defaults to None, which keeps it.
         """
         if not self._streamed:
             yield Block(0, self._ends[-1], self._read)
@@ -207,10 +197,7 @@ class Examples:
             start += len(held)
 
     def fingerprint(self) -> str:
-        """A short text that is the same for the same data: of their number, and of a few examples spread over them.
-
-        An image counts by its content, not by where it lies.
-        """
+        """Returns a hash of the number of examples, and of the content of a few of them, wherever the files lie."""
         block = next(self.blocks(block_size=_FINGERPRINTED), Block(0, 0, self._read))
         digest = hashlib.sha256(repr((self.count, [(part.columns, part.weight) for part in self._parts])).encode())
         for place in range(0, block.size, max(1, block.size // _FINGERPRINTED)):
@@ -221,7 +208,7 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def has_negatives(self, count: int) -> bool:
-        """Whether there are more than `count` different captions, or written negatives; reads no more than it must."""
+        """Returns whether there are more than `count` different captions, or written negatives."""
         texts: set[str] = set()
         for captions, negatives in self._texts():
             texts.update(captions)
@@ -230,11 +217,11 @@ class Examples:
         return False
 
     def captions(self) -> Iterator[str]:
-        """Every caption and hard negative once, in their order: for the text cache. Goes through the data set."""
+        """Yields every caption and written negative once, by reading the data set without its images."""
         return iter(dict.fromkeys(text for kinds in self._texts() for kind in kinds for text in kind))
 
     def _texts(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-        """The captions and the hard negatives of each row."""
+        """Yields the captions and the written negatives of each row."""
         for part in self._parts:
             rows, columns = part.rows, part.columns
             if is_plain(rows):  # images stay unread
@@ -266,10 +253,10 @@ def open_examples(
     split: str = "train",
     streaming: bool | None = None,
 ) -> Examples:
-    """Opens a data set and checks it before anything long starts.
+    """Opens a data set and checks its columns.
 
     Args:
-        data: Opened `Examples`, which are returned as they are, or one of
+        data: Opened `Examples`, which are returned unchanged, or one of
             - a `datasets.Dataset` or `IterableDataset`
             - a folder of images with a text file beside each, or with a table of them; see `folders`
             - webdataset shards: a path or URL ending in `.tar`, a pattern of such, a list of them, a folder of them
@@ -278,15 +265,15 @@ def open_examples(
             - a list of dicts, or any other map-style data set of dicts or of pairs (image, captions)
             - several of these: a list of paths, or a dict (also as a JSON text) from each to its weight, which is how
               often an epoch has each of its examples
-        image_column: None for the usual names.
-        caption_column: One or several; None for the usual names.
-        negative_caption_column: None for no hard negatives.
-        split: Of data sets that have several.
-        streaming: Of shards and of `load_dataset`: reads as it goes instead of preparing a copy on the disk first.
-            None streams shards and nothing else.
+        image_column: Column of the images; defaults to None, its usual names.
+        caption_column: Column or columns of the captions; defaults to None, its usual names.
+        negative_caption_column: Column of the written negatives; defaults to None, no written negatives.
+        split: Split of a data set that has several; defaults to "train".
+        streaming: Whether shards and data sets of the Hub are read without a prepared copy on the disk; defaults to
+            None, which streams shards only.
 
     Raises:
-        ValueError: A column is missing, the data set is empty, or a folder or a table is not as it should be.
+        ValueError: A column is missing, the data set is empty, or a folder or a table cannot be read.
         TypeError: Captions are not strings, images not images, or `data` is none of these.
     """
     if isinstance(data, Examples):
@@ -304,7 +291,7 @@ def open_examples(
 
 
 def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negatives: str | None) -> Part:
-    """Finds the columns of rows, and checks the first one, or all that are in memory."""
+    """Finds the columns of rows, and checks the first row, or all rows of a list."""
     rows = _undecoded(rows)
     first = _first_row(rows)
     columns = _find_columns(first, image, captions, negatives)
@@ -323,11 +310,11 @@ def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negat
 
 
 def _load(data: Any, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
-    """Returns the rows of each data set that was given (a list of dicts, a map-style data set or a stream), weighted.
+    """Returns the rows of each given data set with its weight.
 
     Raises:
-        ValueError: A folder or table is not as it should be, there is no shard, or a weight is no positive number.
-        TypeError: It is something else.
+        ValueError: A folder or table cannot be read, there is no shard, or a weight is not a positive number.
+        TypeError: The data are of another type.
     """
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise TypeError(f"give one split of the data set, such as data[{next(iter(data))!r}]; it has {list(data)}")
@@ -396,14 +383,14 @@ def _load_shards(shards: str | list[str], streaming: bool | None, given: str = "
 
 
 def is_plain(rows: Any) -> bool:
-    """Whether its columns are stored ones, not made by the user's `set_transform`."""
+    """Returns whether the columns are stored ones, not made by the user's `set_transform`."""
     if isinstance(rows, datasets.Dataset):
         return rows.format["type"] != "custom"
     return isinstance(rows, datasets.IterableDataset)
 
 
 def _undecoded(rows: Any) -> Any:
-    """Leaves decoding to us, where a broken image can be told from a broken data set."""
+    """Switches decoding by `datasets` off, so that a broken image can be told from a broken data set."""
     if not is_plain(rows):
         return rows
     for name, feature in (rows.features or {}).items():
@@ -430,7 +417,7 @@ def _find_columns(row: Any, image: str | None, captions: str | Sequence[str] | N
     present = [*row, *inner]  # columns, and the entries of those that hold JSON objects
     found_image = _choose("image", present, [image] if image else None, _IMAGE_COLUMNS)[0]
     given = [captions] if isinstance(captions, str) else captions
-    found = _choose("caption", present, given, _CAPTION_COLUMNS)
+    found = _choose("caption", present, given, _CAPTIONS.split())
     if negatives:
         _choose("negative_caption", present, [negatives], ())
     return Columns(found_image, tuple(found), negatives)
@@ -449,7 +436,7 @@ def _choose(kind: str, present: list[str], given: Sequence[str] | None, usual: I
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether all of a text's characters are whole: no surrogate, half of a character of UTF-16, is among them."""
+    """Returns whether a text holds no lone surrogate, which is half of a character of UTF-16."""
     return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 

@@ -1,4 +1,4 @@
-"""From loaded examples to latents and encoded captions, out of a cache where there is one."""
+"""Latents and encoded captions of loaded examples, from a cache where the settings ask for one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...conditioning.conditions import Conditions, concatenate
 from ...files import read_json
 from ...quoting import quoted
 from ..arguments import ContrastiveFlowMatchingArguments
-from ..preparation import encoders_at_hand
+from ..preparation import text_encoders_on
 from .cache import TensorCache, fill, model_fingerprint
 from .dataset import Example, Examples
 from .image import Framing, Size, content_id, fetch, image_size
@@ -32,52 +32,48 @@ ENCODE_BATCH_SIZE = 16
 
 @final
 class Encoder:
-    """Encodes examples for a denoiser, and keeps on disk what the settings want kept there.
+    """Encodes images and captions for a denoiser, and keeps the results on the disk where the settings ask for it.
 
     Attributes:
-        latents: Cache of the training images' latents, the mode of the VAE's posterior at one crop; None to encode
-            every time.
-        text: Cache of encoded captions and hard negatives, one entry each; None to encode every time.
+        latents: Cache of the latents of the training images, the mode of the VAE's posterior at one crop, or None.
+        text: Cache of the encoded captions and written negatives, or None.
 
     Args:
-        args: The settings. In a dry run there are no caches: to open one makes its folder.
-        conditioner: Of the pipeline.
-        framing: How images become pixels.
-        device: Where latents and conditions go.
+        args: The settings. A dry run opens no cache, because that creates a folder.
+        conditioner: The conditioner of the pipeline.
+        framing: Sizes and crops of the images.
+        device: Device of the returned tensors.
     """
 
     def __init__(
-        self,
-        args: ContrastiveFlowMatchingArguments,
-        conditioner: Conditioner,
-        framing: Framing,
-        device: torch.device,
+        self, args: ContrastiveFlowMatchingArguments, conditioner: Conditioner, framing: Framing, device: torch.device
     ) -> None:
         self._args, self._conditioner, self._framing, self._device = args, conditioner, framing, device
-        components = conditioner.pipeline.components
-        encoders = [name for name in components if name.startswith("text_encoder")]
+        self._components = components = conditioner.pipeline.components
         self._absent = [name for name in conditioner.text_components if components.get(name) is None]
+        self._directory = Path(args.cache_dir or Path(args.output_dir) / "cache")
         text = {
+            "kind": "text",
             "conditioner": type(conditioner).__name__,
             "precision": args.mixed_precision,
             "max_sequence_length": args.max_sequence_length,
         }
-        kept = not args.dry_run
-        self.latents = (
-            self._open("latents", ["vae"], framing.settings(args.seed)) if kept and args.cache_latents else None
-        )
-        self.text: TensorCache | None = None
-        if kept and self._absent:
-            self.text = self._open_filled(text)
-        elif kept and args.cache_text:
-            self.text = self._open("text", encoders, text)
+        self.latents = self.text = None
+        if args.dry_run:
+            return
+        if args.cache_latents:
+            self.latents = self._open(["vae"], {"kind": "latents", **framing.settings(args.seed)})
+        if self._absent:
+            self.text = self._open([], self._filled_before(text))
+        elif args.cache_text:
+            self.text = self._open([name for name in components if name.startswith("text_encoder")], text)
 
     def encode_images(self, examples: Sequence[Example], generators: Sequence[Generator]) -> Tensor:
-        """Returns latents (b, C, h, w) float32: a sample of the VAE's posterior each, or the cached ones.
+        """Returns latents (b, C, h, w) float32: samples of the VAE's posterior, or the cached latents.
 
         Args:
-            examples: Loaded, of one size.
-            generators: On the CPU, one for each.
+            examples: Loaded examples of one size.
+            generators: A CPU generator for each.
         """
         cached = [example.latents["latents"] for example in examples if example.latents is not None]
         if cached:
@@ -87,7 +83,7 @@ class Encoder:
         return self._conditioner.encode_images(pixels, drawn).to(self._device)
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """Returns the encoded captions, one row each."""
+        """Returns the encoded captions, one row for each."""
         distinct = list(dict.fromkeys(captions))
         encoded = self._from_cache(distinct) if self.text is not None else self._encoded(distinct)
         row = {caption: number for number, caption in enumerate(distinct)}
@@ -99,19 +95,19 @@ class Encoder:
         examples: Examples,
         accelerator: Accelerator,
         *,
-        held_out: Examples | None = None,
+        eval_examples: Examples | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Computes what the caches lack, each process its share; says first how much disk that takes, or refuses.
+        """Computes what the caches lack, a share in each process.
 
         Args:
-            examples: Of training.
-            accelerator: The processes.
-            held_out: Of evaluation; their captions are cached too.
-            stop: Asked before each batch whether to leave the rest for another time.
+            examples: The training data.
+            accelerator: The accelerator, which knows the processes.
+            eval_examples: The evaluation data, whose captions are cached too; defaults to None.
+            stop: Function that is called before each batch; filling stops where it returns True.
 
         Raises:
-            CacheTooLarge: More than `max_cache_gigabytes`, or than the disk has free.
+            CacheTooLarge: The entries need more than `max_cache_gigabytes`, or than the disk has free.
             ValueError: The examples are a stream, too many images are broken, or the pipeline has no text encoders and
                 the cache lacks captions.
         """
@@ -128,21 +124,18 @@ class Encoder:
                 **share,
             )
         if self.text is not None:
-            captions = [text for data in (examples, held_out) if data is not None for text in data.captions()]
+            captions = [text for data in (examples, eval_examples) if data is not None for text in data.captions()]
             self._fill_text(captions + [""] * (self._args.proportion_empty_prompts > 0), **share)
         accelerator.wait_for_everyone()
 
-    def _open(self, kind: str, names: Iterable[str], settings: Mapping[str, Any]) -> TensorCache:
-        components = self._conditioner.pipeline.components
-        models = {name: model_fingerprint(part) for name in names if (part := components.get(name)) is not None}
-        return TensorCache(
-            self._directory,
-            {"kind": kind, **models, **settings},
-            max_cache_bytes=self._max_cache_bytes,
-        )
+    def _open(self, names: Iterable[str], settings: Mapping[str, Any]) -> TensorCache:
+        """Opens the cache of these settings and of the named models."""
+        models = {name: model_fingerprint(part) for name in names if (part := self._components.get(name)) is not None}
+        limit = int(self._args.max_cache_gigabytes * 1e9)
+        return TensorCache(self._directory, {**models, **settings}, max_cache_bytes=limit)
 
-    def _open_filled(self, settings: Mapping[str, Any]) -> TensorCache:
-        """Returns the cache that a run with text encoders filled under these settings.
+    def _filled_before(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the settings of the cache that a run with text encoders filled under these settings.
 
         Raises:
             ValueError: There is none, or several.
@@ -151,33 +144,24 @@ class Encoder:
         if not self._args.cache_text:
             raise ValueError(f"{needs}; load it with its text encoders, or set cache_text and the cache_dir of a run")
         if self._args.validation_prompts:
-            raise ValueError(f"{needs}, so that it cannot draw pictures; leave out validation_prompts")
-        directory, found = self._directory, []
-        for path in sorted(directory.glob("*/settings.json")):
+            raise ValueError(f"{needs}, so it cannot draw images; leave out validation_prompts")
+        found = []
+        for path in sorted(self._directory.glob("*/settings.json")):
             kept = read_json(path)
-            others = {name: value for name, value in kept.items() if not name.startswith("text_encoder")}
-            if others == {"kind": "text", **settings}:
+            if {name: value for name, value in kept.items() if not name.startswith("text_encoder")} == settings:
                 found.append(kept)
         if len(found) != 1:
             raise ValueError(
-                f"{needs}, so {directory} must hold one cache of captions that was filled for a pipeline of this "
-                f"kind with the same mixed_precision and max_sequence_length, but has {len(found)}; fill one by a run "
+                f"{needs}, so {self._directory} must hold one cache of captions that was filled for such a pipeline "
+                f"with the same mixed_precision and max_sequence_length, but has {len(found)}; fill one by a run "
                 "with text encoders and cache_text, in a cache_dir of its own"
             )
-        return TensorCache(directory, found[0], max_cache_bytes=self._max_cache_bytes)
-
-    @property
-    def _directory(self) -> Path:
-        return Path(self._args.cache_dir or Path(self._args.output_dir) / "cache")
-
-    @property
-    def _max_cache_bytes(self) -> int:
-        return int(self._args.max_cache_gigabytes * 1e9)
+        return found[0]
 
     def _encoded(self, captions: Sequence[str]) -> Conditions:
         parts = [captions[first : first + ENCODE_BATCH_SIZE] for first in range(0, len(captions), ENCODE_BATCH_SIZE)]
-        away = self._args.cache_text  # else they are where training is
-        with encoders_at_hand(self._conditioner.pipeline, self._device) if away else nullcontext():
+        away = self._args.cache_text  # then the text encoders are not on the device
+        with text_encoders_on(self._conditioner.pipeline, self._device) if away else nullcontext():
             encoded = [self._conditioner.encode_captions(part) for part in parts]
         return encoded[0] if len(encoded) == 1 else concatenate(encoded)
 
@@ -185,12 +169,12 @@ class Encoder:
         assert self.text is not None
         self._fill_text(captions)
         entries = [entry for caption in captions if (entry := self.text.get(caption)) is not None]
-        if len(entries) < len(captions):  # somebody is deleting the cache
+        if len(entries) < len(captions):  # the cache was deleted meanwhile
             return self._encoded(captions)
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def _fill_text(self, captions: Sequence[str], **share: Any) -> None:
-        """Encodes the captions that the cache lacks; arguments and errors as `cache.fill`."""
+        """Encodes the captions that the cache lacks; arguments and errors as in `cache.fill`."""
         assert self.text is not None
         missing = self.text.missing(captions)
         if not missing and not share:
@@ -205,7 +189,7 @@ class Encoder:
             encoded = self._conditioner.encode_captions(names)
             return [{name: value[row] for name, value in encoded.items()} for row in range(len(names))]
 
-        with encoders_at_hand(self._conditioner.pipeline, self._device) if missing else nullcontext():
+        with text_encoders_on(self._conditioner.pipeline, self._device) if missing else nullcontext():
             fill(self.text, captions, encode, batch_size=ENCODE_BATCH_SIZE, **share)
 
 
@@ -218,38 +202,34 @@ def fill_latents(
     batch_size: int,
     seed: int = 0,
     max_broken: int | float = 0.01,
-    rank: int = 0,
-    world_size: int = 1,
     stop: Callable[[], bool] = lambda: False,
+    **share: Any,
 ) -> int:
-    """Encodes the images that the cache lacks; `PairLoader(latents=cache)` reads them.
-
-    The same image in several rows or files is encoded once.
+    """Encodes the images that the cache lacks, for `PairLoader(latents=cache)`; equal images are encoded once.
 
     Args:
-        cache: Its settings hold `framing.settings(seed)` and `model_fingerprint(vae)` at least.
-        examples: Not a stream.
-        framing: As the loader's.
-        encode: From pixels (n, 3, H, W) in [-1, 1] to named tensors (n, ...), such as the moments of the VAE.
+        cache: A cache whose settings hold `framing.settings(seed)` and `model_fingerprint(vae)`.
+        examples: Examples that are no stream.
+        framing: The framing of the loader.
+        encode: Function from pixels (n, 3, H, W) in [-1, 1] to named tensors (n, ...), such as the VAE's moments.
         batch_size: Images per call of `encode`.
-        seed: As the loader's.
+        seed: The seed of the loader.
         max_broken: Broken images that are left out before an error: a number, or a share.
-        rank: Of this process.
-        world_size: Processes that fill the cache together.
-        stop: Asked before each image and batch whether to leave the rest for another time.
+        stop: Function that is called before each image and batch; filling stops where it returns True.
+        share: `rank` and `world_size`, as in `cache.fill`.
 
     Returns:
         How many entries this process wrote.
 
     Raises:
-        CacheTooLarge: They would not fit.
-        ValueError: It is a stream, or more images are broken than `max_broken`.
+        CacheTooLarge: The entries would not fit.
+        ValueError: The examples are a stream, or more images are broken than `max_broken`.
     """
     if examples.count is None:
         raise ValueError("a cache of latents needs a data set of known length; encode a stream as it comes")
     (block,) = examples.blocks(block_size=1)
     reader, broken = Reader(framing, seed), BrokenCount(max_broken)
-    logger.info("looking through %d images for the cache of latents", block.size)
+    logger.info("reading %d images for the cache of latents", block.size)
     found: dict[str, tuple[Size, int]] = {}
     for place in range(block.size):
         if stop():
@@ -273,5 +253,4 @@ def fill_latents(
                 entries |= {name: {key: encoded[key][row] for key in encoded} for row, name in enumerate(pixels)}
         return [entries.get(name) for name in names]
 
-    by_size = sorted(found, key=lambda name: found[name])
-    return fill(cache, by_size, compute, batch_size=batch_size, rank=rank, world_size=world_size, stop=stop)
+    return fill(cache, sorted(found, key=lambda name: found[name]), compute, batch_size=batch_size, stop=stop, **share)

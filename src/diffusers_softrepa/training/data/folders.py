@@ -1,7 +1,7 @@
-"""Folders of images as people keep them: a text file beside each image, or one table for all of them.
+"""Folders of images with a text file beside each image, or one table for all of them.
 
-    photos/cat.png + photos/cat.txt               a caption file beside each image, `.txt` or `.caption`; a line each
-    photos/10_cat/1.png + photos/10_cat/1.txt     the number of a sub-folder repeats its images, as in kohya's scripts
+    photos/cat.png + photos/cat.txt               a `.txt` or `.caption` file beside each image; a caption on each line
+    photos/10_cat/1.png + photos/10_cat/1.txt     10 repeats of the images of a sub-folder, as in kohya's scripts
     photos/images/cat.png + photos/captions.csv   a table: .jsonl, .csv, .tsv, .json or .parquet
     photos/train/cat.png + photos/train/metadata.jsonl
 
@@ -23,30 +23,9 @@ from ...quoting import one_line, quoted
 
 Rows = list[dict[str, Any]]
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        *(
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".png",
-            ".apng",
-            ".webp",
-            ".bmp",
-            ".gif",
-            ".tif",
-            ".tiff",
-            ".avif",
-            ".heic",
-        ),
-        *(".heif", ".jxl", ".jp2", ".ppm", ".pgm"),
-    )
-)
-FILE_COLUMNS = (
-    *("file_name", "filename", "file", "file_path", "filepath", "image", "image_path", "image_file", "image_name"),
-    *("img", "img_path", "path"),
-)
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl .jp2 .ppm .pgm"
+_COLUMNS = "file_name filename file file_path filepath image image_path image_file image_name img img_path path"
+IMAGE_SUFFIXES, FILE_COLUMNS = frozenset(_SUFFIXES.split()), _COLUMNS.split()
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _DATA_SUFFIXES = (*TABLE_SUFFIXES, ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
@@ -58,13 +37,13 @@ def load_folder(folder: Path, split: str, file_column: str | None = None) -> lis
     """Reads a folder of images.
 
     Args:
-        folder: It exists.
-        split: A sub-folder to read instead, if there is one of this name and no table beside it.
-        file_column: Column of a table that names the image files; found by its usual names unless given.
+        folder: An existing folder.
+        split: Sub-folder to read instead, if it exists and there is no table beside it.
+        file_column: Column of a table that names the image files; defaults to None, its usual names.
 
     Returns:
         Rows with the path of an `image` and the columns of the table or `text`, and how often an epoch has them; None
-        if it is no folder of images but of data files, for `datasets` to read.
+        for a folder of data files, which `datasets` reads.
 
     Raises:
         ValueError: There are images but no captions, a file is not UTF-8, or a table names files that do not exist.
@@ -103,9 +82,9 @@ def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None
     """Reads a table of image files and captions, one image a row.
 
     Args:
-        table: A file of `TABLE_SUFFIXES`.
-        images: Where to look for files that are not where the table says, by their names.
-        file_column: The column of the files; found by its usual names unless given.
+        table: A file with one of `TABLE_SUFFIXES`.
+        images: Image files to search by name for those that are not where the table says.
+        file_column: Column of the image files; defaults to None, its usual names.
 
     Returns:
         The rows, with the path or URL of the `image`.
@@ -158,11 +137,8 @@ def _by_suffix(path: Path) -> tuple[int, Path]:
     return TABLE_SUFFIXES.index(path.suffix.lower()), path
 
 
-# Caption files.
-
-
 def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> Iterator[tuple[Rows, float]]:
-    """Yields the images by their repeats, if some have a caption file, or a sub-folder that names its subject."""
+    """Yields the images with their repeats, if some have a caption file or a sub-folder that names a subject."""
     texts: dict[Path, list[Path]] = defaultdict(list)
     for path in files:
         if path.suffix.lower() in _CAPTION_SUFFIXES:
@@ -181,16 +157,13 @@ def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> I
 
 
 def _repeated(folder: Path, path: Path) -> Path:
-    """Returns the nearest sub-folder whose name begins with a number of repeats, else the folder itself."""
+    """Returns the nearest parent folder whose name begins with a number of repeats, else the folder itself."""
     inner = (parent for parent in path.parents if folder in parent.parents)
     return next((parent for parent in inner if _REPEATED.fullmatch(parent.name)), folder)
 
 
-# Tables.
-
-
 def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
-    """Yields where a row stands, for messages, and the row.
+    """Yields the place of each row, for messages, and the row.
 
     Raises:
         ValueError: It cannot be read.
@@ -248,7 +221,7 @@ def _names_files(table: Path, file_column: str | None) -> bool:
 
 
 def _find(folder: Path, name: str, by_name: dict[str, list[Path]]) -> Path | None:
-    """Returns the file that a table in a folder means: as written, in `images/`, or the only one of that name."""
+    """Returns the file that a table means: at the written path, in `images/`, or the only one of that name."""
     written = name.replace("\\", "/")
     for path in (folder / name, folder / written, folder / "images" / written):
         if path.is_file():

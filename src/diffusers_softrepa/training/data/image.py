@@ -1,8 +1,8 @@
-"""From an image of a data set to the pixels that the VAE reads: its size, its bucket, its crop.
+"""From an image of a data set to the pixels that the VAE reads: decoding, orientation, size and crop.
 
-An image of size (h, w) fills a frame of size (H, W) when scaled by max(H / h, W / w); what stands out on the longer
-side is cut off, on both sides alike or at a drawn place. With aspect buckets (H, W) is the one of a table of sizes
-of about equal area whose aspect ratio is nearest to that of the image, |log(H / W) - log(h / w)| least.
+An image of size (h, w) is scaled by max(H / h, W / w) to fill (H, W), and the rest of its longer side is cropped,
+in the centre or at a random place. With aspect buckets, (H, W) is the one of several sizes of about equal area whose
+aspect ratio is nearest to that of the image: |log(H / W) - log(h / w)| is least.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ _LOADING = threading.Lock()
 
 
 class BrokenExample(ValueError):
-    """An example that cannot be used: an image that cannot be read, or no caption. Skipped and counted."""
+    """An example without a readable image or caption; it is skipped and counted."""
 
 
 @final
 @dataclass(frozen=True)
 class Framing:
-    """How images become pixels of one size, or of one of a few.
+    """Sizes and crops of the images.
 
     Attributes:
-        resolution: Height and width in pixels, or one number for both. With aspect buckets, their area.
-        aspect_buckets: Sorts images into sizes of about equal area and keeps their aspect ratio.
-        multiple_of: Bucket sides are multiples of this; a multiple of the VAE's factor times the patch size.
-        max_aspect_ratio: Of the longest bucket.
-        crop: "center", or "random": along the longer side, drawn per image and epoch.
-        flip: Mirrors half of the images, drawn per image and epoch. Off, because it makes "left of" in a caption
-            wrong, and mirrors writing.
-        further_resolutions: In which an epoch has every image besides `resolution`; likewise sides, or areas.
+        resolution: Height and width in pixels, or one number for both; with aspect buckets, of a square of their
+            area. Defaults to 512.
+        aspect_buckets: Whether images keep their aspect ratio, in sizes of about equal area; defaults to False.
+        multiple_of: The sides of buckets are multiples of this number, which is a multiple of the VAE's factor times
+            the patch size; defaults to 64.
+        max_aspect_ratio: Aspect ratio of the longest bucket; defaults to 2.
+        crop: "center" (default) or "random", drawn per image and epoch.
+        flip: Whether half of the images are mirrored, drawn per image and epoch; defaults to False, because it makes
+            "left of" in a caption wrong.
+        further_resolutions: Resolutions in which an epoch has every image besides `resolution`.
 
     Raises:
         ValueError: A field is out of range.
@@ -86,15 +88,15 @@ class Framing:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The sizes (H, W) that pixels can have: those of `resolution` from wide to tall, then of the further ones."""
+        """All sizes (H, W): those of `resolution` from wide to tall, then those of the further resolutions."""
         return tuple(dict.fromkeys(size for sizes in self._sizes for size in sizes))
 
     def size_of(self, original: Size) -> Size:
-        """The size (H, W) that an image of size (h, w) is brought to at `resolution`."""
+        """Returns the size (H, W) that an image of size (h, w) is resized to at `resolution`."""
         return self.sizes_of(original)[0]
 
     def sizes_of(self, original: Size) -> tuple[Size, ...]:
-        """The size (H, W) that an image of size (h, w) is brought to at each resolution."""
+        """Returns the size (H, W) that an image of size (h, w) is resized to at each resolution."""
         aspect = math.log(original[0] / original[1])
         return tuple(min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect)) for sizes in self._sizes)
 
@@ -107,7 +109,7 @@ class Framing:
         return [bucket_sizes(height * width, self.multiple_of, self.max_aspect_ratio) for height, width in pairs]
 
     def settings(self, seed: int) -> dict[str, Any]:
-        """All that decides an image's pixels as they are in epoch 0: for the key of a latent cache."""
+        """Returns everything that an image's pixels of epoch 0 depend on, for the key of a latent cache."""
         drawn = self.crop == "random" or self.flip
         given = {name: value for name, value in asdict(self).items() if name != "further_resolutions" or value}
         return {**given, "seed": seed if drawn else None}
@@ -115,10 +117,10 @@ class Framing:
 
 @cache
 def bucket_sizes(area: int, multiple_of: int, max_aspect_ratio: float) -> tuple[Size, ...]:
-    """Sizes (H, W) of about one area, from wide to tall, each with its turned twin.
+    """Returns sizes (H, W) of about one area, from wide to tall.
 
-    The short side runs over the multiples up to the square root of the area, the long side is the multiple that
-    brings the area nearest; so it is off by less than multiple_of / 2 times the short side.
+    Short sides are the multiples up to the square root of the area; a long side is the multiple that brings the area
+    nearest, so the area differs by less than multiple_of / 2 times the short side.
     """
     shortest = math.sqrt(area / max_aspect_ratio)
     shorts = [k * multiple_of for k in range(1, int(math.sqrt(area)) // multiple_of + 1)]
@@ -132,12 +134,12 @@ def bucket_sizes(area: int, multiple_of: int, max_aspect_ratio: float) -> tuple[
 @final
 @dataclass(frozen=True)
 class Frame:
-    """Where an image's pixels come from.
+    """The crop of one image.
 
     Attributes:
-        size: Of the pixels, (H, W).
-        box: The part of the upright image that is kept, (left, top, right, bottom) in its pixels.
-        flip: Mirrored or not.
+        size: Size (H, W) of the pixels.
+        box: Part of the upright image that is kept, (left, top, right, bottom) in its pixels.
+        flip: Whether it is mirrored.
     """
 
     size: Size
@@ -146,14 +148,14 @@ class Frame:
 
 
 def place_frame(original: Size, size: Size, framing: Framing, *, crop_at: float = 0.5, flip_at: float = 1.0) -> Frame:
-    """Places the frame on an image.
+    """Returns the crop of an image.
 
     Args:
-        original: Size of the upright image, (h, w).
-        size: Of the pixels, (H, W): `framing.size_of(original)`.
+        original: Size (h, w) of the upright image.
+        size: Size (H, W) of the pixels.
         framing: The settings.
-        crop_at: Draw in [0, 1): where along the slack a random crop begins.
-        flip_at: Draw in [0, 1): below a half mirrors, if the framing flips.
+        crop_at: Draw in [0, 1) that places a random crop.
+        flip_at: Draw in [0, 1); below 0.5 the image is mirrored, if the framing flips.
     """
     scale = max(size[0] / original[0], size[1] / original[1])
     at = crop_at if framing.crop == "random" else 0.5
@@ -163,7 +165,7 @@ def place_frame(original: Size, size: Size, framing: Framing, *, crop_at: float 
 
 
 def render(image: Image.Image, frame: Frame) -> Tensor:
-    """Resizes (Lanczos, antialiased) and crops an upright RGB image: (3, H, W) float32 in [-1, 1]."""
+    """Resizes (Lanczos, antialiased) and crops an upright RGB image to (3, H, W) float32 in [-1, 1]."""
     height, width = frame.size
     resized = image.resize((width, height), Image.Resampling.LANCZOS, box=frame.box)
     array = np.array(resized, dtype=np.float32)  # (H, W, 3)
@@ -177,11 +179,11 @@ def fetch(image: Any) -> bytes | Image.Image:
     Args:
         image: Encoded bytes; a path or URL; a dict with "bytes" or "path", as `datasets` stores images; a PIL image;
             a uint8 array (h, w) or (h, w, 3 or 4); a tensor (1, 3 or 4, h, w), uint8 or float in [0, 1];
-            the OSError that reading it raised.
+            or the OSError that the data set raised.
 
     Raises:
         BrokenExample: There is nothing to read.
-        TypeError: It is none of those.
+        TypeError: The image is none of these.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
@@ -202,7 +204,7 @@ def fetch(image: Any) -> bytes | Image.Image:
 
 
 def content_id(fetched: bytes | Image.Image) -> int:
-    """A number in [0, 2^63) that stands for the image, equal only for equal files (or equal PIL images)."""
+    """Returns a hash in [0, 2^63) that is the same for equal files, or equal PIL images."""
     if isinstance(fetched, Image.Image):
         header = f"{fetched.mode} {fetched.size} {fetched.getpalette()} "
         fetched = header.encode() + _loaded(fetched).tobytes()
@@ -210,7 +212,7 @@ def content_id(fetched: bytes | Image.Image) -> int:
 
 
 def image_size(image: Any) -> Size:
-    """Size (h, w) of the upright image, from its header alone; errors as `decode`."""
+    """Returns the size (h, w) of the upright image from its header alone; errors as in `decode`."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     local = isinstance(image, str | PathLike) and "://" not in str(image)
@@ -225,17 +227,16 @@ def image_size(image: Any) -> Size:
 
 
 def decode(fetched: bytes | Image.Image) -> Image.Image:
-    """Decodes an image: upright, RGB, 8 bits per channel, transparency over white, the first of several pictures.
+    """Decodes an image to upright 8-bit RGB, with transparency over white, and the first frame of an animation.
 
     Raises:
-        BrokenExample: It cannot be decoded: cut off, not an image, of size zero, or of floats without a range.
+        BrokenExample: It is cut off, no image, of size zero, or holds floats without a range.
     """
     try:
-        with Image.open(io.BytesIO(fetched)) if isinstance(fetched, bytes) else nullcontext(fetched) as opened:
+        with _open(fetched) as opened:
             if not (opened.width and opened.height):
                 raise BrokenExample(f"its size is {opened.height} x {opened.width}")
-            with _LOADING:  # two rows may share one PIL image, and loading it twice at once breaks it
-                opened.load()
+            opened.load() if isinstance(fetched, bytes) else _loaded(opened)
             upright = ImageOps.exif_transpose(opened)
             return upright if upright.mode == "RGB" and not upright.has_transparency_data else _to_rgb(upright)
     except BrokenExample:

@@ -1,11 +1,11 @@
-"""Loaded examples for one process, batch by batch, ahead of time by threads, resumable at any batch.
+"""The batches of loaded examples of one process, read ahead by threads, and resumable at any batch.
 
-What is in a batch is decided by `sampler`, which draws from hashes and not from a random state; so the position in the
-data is two numbers, the epoch and the batches taken from it. Caption, crop and flip of a row are drawn from (seed,
-epoch, number of the example or content of the image).
+`sampler` decides what is in a batch by hashes and not by a random state, so the position in the data is two numbers:
+the epoch and the batches taken from it. Caption, crop and flip of a row are drawn from (seed, epoch, number of the
+example or content of the image).
 
-Threads and not processes load: Pillow decodes and resizes without Python's lock, a broken image is counted where the
-others are, nothing is copied between processes, and a signal to the process group ends no worker of a step.
+Threads load, not processes: Pillow decodes and resizes without Python's lock, broken images are counted in one place,
+nothing is copied between processes, and a signal to the process group ends no worker.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch.utils.data import DataLoader
 
 from .cache import TensorCache
 from .dataset import Example, Examples
-from .image import BrokenExample, Frame, Framing, Size, content_id, decode, fetch, place_frame, render
+from .image import BrokenExample, Framing, Size, content_id, decode, fetch, place_frame, render
 from .sampler import BrokenCount, PairSampler, Slot, draw, draw_uniform
 
 
 @final
 @dataclass(frozen=True)
 class Reader:
-    """Loads examples: draws a caption, decodes and frames the image, or looks its latents up.
+    """Loads an example: draws its caption, and decodes and crops its image or reads its latents from a cache.
 
     Attributes:
         framing: Size and crop of the pixels.
-        seed: Of all draws.
-        latents: Cache of latents to read instead of decoding images. It holds every image once, as it is framed in
-            epoch 0: so a random crop or flip is the same in every epoch.
-        empty_prompts: Share of the images, drawn per image and epoch, that get an empty caption.
+        seed: Seed of all draws.
+        latents: Cache of latents to read instead of images; defaults to None. It holds each image with the crop and
+            flip of epoch 0.
+        empty_prompts: Share of the images, drawn per image and epoch, that get an empty caption; defaults to 0.
     """
 
     framing: Framing
@@ -46,17 +46,17 @@ class Reader:
     empty_prompts: float = 0.0
 
     def load(self, example: Example, *, number: int, epoch: int, size: Size, time: int = 0) -> Example:
-        """Returns an example with caption and pixels or latents.
+        """Returns the example with caption and pixels or latents.
 
         Args:
-            example: As stored.
-            number: Of the example in the data set (of a stream: in the epoch).
-            epoch: Of the draws.
-            size: Of the pixels, (H, W).
-            time: How often the example has come before in this epoch.
+            example: The stored example.
+            number: Number of the example in the data set, or in the epoch of a stream.
+            epoch: The epoch.
+            size: Size (H, W) of the pixels.
+            time: How often the example has come before in this epoch; defaults to 0.
 
         Raises:
-            BrokenExample: It has no caption, its image cannot be read, or is not in the cache of latents.
+            BrokenExample: There is no caption, or the image cannot be read or is not in the cache of latents.
         """
         fetched = fetch(example.image)
         if not example.captions:
@@ -69,68 +69,59 @@ class Reader:
         identity = content_id(fetched)
         pixels, latents = None, None
         if self.latents is None:
-            image = decode(fetched)
-            pixels = render(image, self._frame(image, size, identity, epoch, time))
+            pixels = self._pixels(fetched, size, identity, epoch, time)
         elif (latents := self.latents.get(self.latents_name(identity, size))) is None:
             raise BrokenExample("its latents are not in the cache: it was broken, or not there, when that was filled")
-        return replace(
-            example,
-            image=None,
-            caption=caption,
-            pixels=pixels,
-            latents=latents,
-            image_id=identity,
-            size=size,
-        )
+        loaded: dict[str, Any] = {"pixels": pixels, "latents": latents, "image_id": identity, "size": size}
+        return replace(example, image=None, caption=caption, **loaded)
 
     def cached_pixels(self, example: Example, size: Size) -> Tensor:
-        """The pixels of a size that the cache holds the latents of, (3, H, W); errors as `load`."""
+        """Returns the pixels (3, H, W) whose latents a cache holds; errors as in `load`."""
         fetched = fetch(example.image)
-        image = decode(fetched)
-        return render(image, self._frame(image, size, content_id(fetched), epoch=0))
+        return self._pixels(fetched, size, content_id(fetched), epoch=0)
 
     def latents_name(self, image_id: int, size: Size) -> str:
-        """The name of an image in a cache of latents; of its size only where it has several."""
+        """Returns the name of an image in a cache of latents, with its size where images have several."""
         name = f"image-{image_id:016x}"
         return f"{name}-{size[0]}x{size[1]}" if self.framing.further_resolutions else name
 
-    def _frame(self, image: Image.Image, size: Size, identity: int, epoch: int, time: int = 0) -> Frame:
-        framing, key = self.framing, (self.seed, epoch, identity, *([time] if time else []))
+    def _pixels(self, fetched: bytes | Image.Image, size: Size, identity: int, epoch: int, time: int = 0) -> Tensor:
+        image, framing = decode(fetched), self.framing
+        key = (self.seed, epoch, identity, *([time] if time else []))
         crop_at = draw_uniform(*key, "crop") if framing.crop == "random" else 0.5
         flip_at = draw_uniform(*key, "flip") if framing.flip else 1.0
-        return place_frame((image.height, image.width), size, framing, crop_at=crop_at, flip_at=flip_at)
+        frame = place_frame((image.height, image.width), size, framing, crop_at=crop_at, flip_at=flip_at)
+        return render(image, frame)
 
 
 @final
 class PairLoader(DataLoader[list[Example]]):
     """The batches of one process, each a list of loaded examples of one size.
 
-    Iterating yields what is left of the current epoch and ends with it; iterating again yields the next. One
-    iterator at a time. A stream too short for one batch raises ValueError at its end.
-
-    Process r gets rows r * batch_size to (r + 1) * batch_size of a global batch of batch_size * world_size rows, which
-    is the same for any number of processes. Each reads the whole stream but decodes only its own rows.
+    Iterating yields the rest of the current epoch; iterating again yields the next epoch. Process r gets rows
+    r * batch_size to (r + 1) * batch_size of a global batch of batch_size * world_size rows, which is the same for any
+    number of processes. Each process reads the whole stream but decodes only its own rows.
 
     Args:
-        examples: From `open_examples`.
+        examples: Examples from `open_examples`.
         framing: Size and crop of the pixels.
-        batch_size: Rows per process.
-        seed: Of all draws.
-        rank: Of this process.
-        world_size: Number of processes.
-        shuffle: Draws the order, else as stored.
-        shuffle_buffer: Examples of a stream that are held in memory, as stored, and permuted.
-        drop_last: Leaves out the rows that do not fill a batch at the end of an epoch: other ones in each, unless a
-            bucket is smaller than a batch.
-        max_broken: Different broken examples in an epoch that are replaced before an error: a number, or a share of
-            the examples.
-        num_workers: Threads that load ahead; 0 loads when asked.
-        prefetch: Batches to load ahead.
+        batch_size: Rows of a batch of one process.
+        seed: Seed of all draws; defaults to 0.
+        rank: Number of this process; defaults to 0.
+        world_size: Number of processes; defaults to 1.
+        shuffle: Whether to draw the order; defaults to True.
+        shuffle_buffer: Examples of a stream that are held in memory, not decoded, and permuted; defaults to 1000.
+        drop_last: Whether to leave out the rows that do not fill a batch at the end of an epoch; defaults to True.
+        max_broken: Broken examples of an epoch that are replaced before an error: a number, or a share of the
+            examples; defaults to 0.01.
+        num_workers: Threads that load ahead, 0 to load when asked; defaults to 2.
+        prefetch: Batches to load ahead; defaults to 2.
         latents: Cache filled by `encode.fill_latents`; images that are not in it count as broken.
-        empty_prompts: Share of the images, drawn per image and epoch, that get an empty caption.
+        empty_prompts: Share of the images that get an empty caption; defaults to 0.
 
     Raises:
-        ValueError: A setting is out of range, or the examples do not fill a batch.
+        ValueError: A setting is out of range, or the examples do not fill a batch. A stream that is too short for one
+            batch raises it when it ends.
     """
 
     def __init__(
@@ -188,26 +179,26 @@ class PairLoader(DataLoader[list[Example]]):
         self.epoch, self.batches = epoch + 1, 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch; raises TypeError for a stream."""
+        """Returns the batches of a whole epoch; raises TypeError for a stream."""
         return len(self.order)
 
     @property
     def num_broken(self) -> int:
-        """Different broken examples that this process met in this epoch."""
+        """Number of different broken examples that this process found in this epoch."""
         return len(self._broken)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the settings under which it is one."""
+        """Returns the position in the data, and the settings that it depends on."""
         return {"epoch": self.epoch, "batches": self.batches, **self._settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position; skips what lies before it without decoding images (a stream is read up to there).
+        """Moves to a position without decoding the images before it; a stream is read up to there.
 
         Args:
-            state: From `state_dict()`; with `epoch` and `batches` alone it is taken as it is.
+            state: The state from `state_dict()`, or `epoch` and `batches` alone.
 
         Raises:
-            ValueError: It was saved under other settings, where the position is another.
+            ValueError: The state was saved under other settings, so that the position means other examples.
         """
         own = self._settings()
         other = {name: (state[name], own[name]) for name in own if name in state and state[name] != own[name]}
@@ -250,7 +241,7 @@ class PairLoader(DataLoader[list[Example]]):
             workers.shutdown(cancel_futures=True)
 
     def _load(self, slot: Slot, epoch: int) -> Example:
-        """Loads a row, or the first of those that may replace it that is not broken."""
+        """Loads a row, or the first of its replacements that is not broken."""
         block, order, _, size = slot
         for entry in slot.candidates():
             time, place = divmod(entry, block.size)

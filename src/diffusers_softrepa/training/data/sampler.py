@@ -1,13 +1,13 @@
-"""Which examples make which batch of which process: a law, not a process.
+"""The deterministic batch sampler: which examples make which batch.
 
-Everything drawn in an epoch comes from a hash of (seed, epoch, example) and from nothing else, so a batch depends
-neither on the batches before it nor on the number of processes and threads:
+All draws of an epoch are hashes of (seed, epoch, example), so a batch depends neither on the batches before it nor on
+the number of processes and threads:
 
-- the order is a permutation of the data set, or of one block of a stream after the other; an example of weight w comes
-  w times, once in each resolution every time, and where w is no whole number, the examples take turns
-- consecutive examples of one size fill a global batch; every process takes its share of the rows
-- a broken example is replaced by the one half an epoch (or block) away of the same size, then by the one after that;
-  no other row moves
+- The order is a permutation of the data set, or of each block of a stream. An example of weight w comes w times in
+  every resolution; where w is not a whole number, the examples take turns.
+- Consecutive examples of one size fill a global batch, of which every process takes its share of the rows.
+- A broken example is replaced by the example of the same size half an epoch (or block) away, then by the one after
+  that. No other row moves.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def draw(*key: int | str) -> int:
-    """A number in [0, 2^63) that depends on the key alone."""
+    """Returns a number in [0, 2^63) that depends on the key alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw_uniform(*key: int | str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """Returns a number in [0, 1) that depends on the key alone."""
     return (draw(*key) >> 10) / 2**53
 
 
@@ -47,11 +47,11 @@ class Slot(NamedTuple):
     """The index of a row of a batch: a place in the order of the examples of its block and size.
 
     Attributes:
-        block: Of the example.
-        order: The block's examples of this size, in the order of the epoch: place in the block + its size * how often
-            the example has come before.
-        place: In `order`.
-        size: Of the pixels, (H, W).
+        block: Block of the example.
+        order: The block's examples of this size in the order of the epoch, each as its place in the block plus the
+            block's size times how often the example has come before.
+        place: Place in `order`.
+        size: Size (H, W) of the pixels.
     """
 
     block: Block
@@ -60,7 +60,7 @@ class Slot(NamedTuple):
     size: Size
 
     def candidates(self) -> Iterator[int]:
-        """Entries of `order`: that of the example, then those that may replace it, each once."""
+        """Yields the entry of the example in `order`, then those of its replacements, each once."""
         middle = self.place + len(self.order) // 2
         others = ((middle + step) % len(self.order) for step in range(len(self.order)))
         return chain([self.order[self.place]], (self.order[other] for other in others if other != self.place))
@@ -68,10 +68,10 @@ class Slot(NamedTuple):
 
 @final
 class BrokenCount:
-    """Counts the different broken examples of an epoch, names each once, and ends it when they are too many.
+    """Counts the different broken examples of an epoch, warns of each once, and raises when they are too many.
 
     Args:
-        limit: A number, or a share of the examples, rounded up.
+        limit: Most broken examples: a number, or a share of the examples, which is rounded up.
     """
 
     def __init__(self, limit: int | float) -> None:
@@ -86,12 +86,12 @@ class BrokenCount:
         return len(self._names)
 
     def start_epoch(self) -> None:
-        """Counts from zero."""
+        """Sets the count to 0."""
         self._names = set()
 
     @contextmanager
     def skipping(self, name: str, *, out_of: float) -> Iterator[None]:
-        """Ends the block at a `BrokenExample`, and counts it; arguments and errors as `add`."""
+        """Catches a `BrokenExample` of the block and counts it; arguments and errors as in `add`."""
         try:
             yield
         except BrokenExample as error:
@@ -101,12 +101,12 @@ class BrokenCount:
         """Counts a broken example.
 
         Args:
-            name: Of the example.
-            error: What is wrong with it.
-            out_of: Examples that a share refers to.
+            name: Name of the example.
+            error: The error that it raised.
+            out_of: Number of examples that a share refers to.
 
         Raises:
-            ValueError: They are more than the limit.
+            ValueError: There are more than the limit.
         """
         allowed = self.limit if isinstance(self.limit, int) else math.ceil(self.limit * out_of)
         with self._lock:
@@ -123,16 +123,16 @@ class BrokenCount:
 
 @final
 class PairSampler(Sampler[list[Slot]]):
-    """The global batches of an epoch; iterating yields those of `epoch`, which `set_epoch` sets.
+    """Yields the global batches of the epoch that `set_epoch` sets.
 
     Args:
-        examples: What is ordered.
-        framing: Which size each image is brought to.
+        examples: The examples.
+        framing: Sizes of the images.
         batch_size: Rows of a global batch, all processes together.
-        seed: Of the order; None for the stored one.
+        seed: Seed of the order; None for the stored order.
         buffer: Examples of a stream that are held in memory and permuted.
-        drop_last: Leaves out the rows that do not fill a batch at the end of an epoch.
-        broken: Counts the images whose size cannot be read.
+        drop_last: Whether to leave out the rows that do not fill a batch at the end of an epoch.
+        broken: Counter of the images whose size cannot be read.
 
     Raises:
         ValueError: The examples do not fill a batch.
@@ -162,7 +162,7 @@ class PairSampler(Sampler[list[Slot]]):
         self._announce()
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose batches are yielded from now on."""
+        """Sets the epoch whose batches are yielded."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[Slot]]:
@@ -177,7 +177,7 @@ class PairSampler(Sampler[list[Slot]]):
             yield from waiting.values()
 
     def __len__(self) -> int:
-        """Batches of a whole epoch.
+        """Returns the number of batches of a whole epoch.
 
         Raises:
             TypeError: The examples are a stream.
@@ -204,7 +204,7 @@ class PairSampler(Sampler[list[Slot]]):
         return slots  # the orders are whole now
 
     def _entries(self, count: int, sizes: Sequence[Sequence[Size]]) -> list[int]:
-        """The entries of an epoch (see `Slot.order`) by their place in a block of `count` examples."""
+        """Returns the entries of an epoch (see `Slot.order`) by their place in a block of `count` examples."""
         weights = self.examples.weights or [(range(count), 1.0)]
         resolutions = 1 + len(self.framing.further_resolutions)
         if resolutions == 1 and all(weight == 1 for _, weight in weights):
@@ -226,7 +226,7 @@ class PairSampler(Sampler[list[Slot]]):
         return sorted(entries, key=lambda entry: (entry % count, entry))
 
     def _in_turn(self, group: list[int], share: float) -> list[int]:
-        """The part of a group, at least one if the share is not 0, whose turn it is in this epoch."""
+        """Returns the part of a group whose turn it is in this epoch, at least one if the share is not 0."""
         taken = max(1, round(share * len(group))) if share else 0
         if self.seed is not None:
             generator = torch.Generator().manual_seed(draw(self.seed, "turns"))
@@ -234,7 +234,7 @@ class PairSampler(Sampler[list[Slot]]):
         return [group[(self.epoch * taken + step) % len(group)] for step in range(taken)]
 
     def _read_sizes(self, block: Block) -> Sequence[tuple[Size, ...]]:
-        """The sizes that each image of a block is brought to, none if its own cannot be read."""
+        """Returns the sizes that each image of a block is resized to, none if its own cannot be read."""
         if not self.framing.aspect_buckets:
             return [self.framing.sizes_of((1, 1))] * block.size
 

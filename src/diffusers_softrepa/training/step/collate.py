@@ -1,9 +1,8 @@
 """From loaded examples to the pairs that the engine runs.
 
-Every random number belongs to an image of the global batch: it is drawn from (seed, number of the batch, row), so it
-is the same whatever the number of processes, and the same again in a resumed run.
-
-Captions are gathered from all processes; written hard negatives stay with the image they were written for.
+Every random number is drawn from (seed, number of the batch, row of the global batch), so it is the same for any
+number of processes, and in a resumed run. Captions are gathered from all processes; written negatives stay with their
+image.
 """
 
 from collections.abc import Sequence
@@ -35,9 +34,9 @@ class Draws:
     """The random numbers of one batch.
 
     Attributes:
-        seed: Of the run.
+        seed: Seed of the run.
         batch: Number of the batch in the run.
-        first_row: Where this process's rows begin in the global batch.
+        first_row: Row of the global batch at which this process's rows begin; defaults to 0.
     """
 
     seed: int
@@ -45,9 +44,9 @@ class Draws:
     first_row: int = 0
 
     def generators(self, count: int, purpose: int, *, share: bool = False) -> list[Generator]:
-        """Returns the CPU generators of the first `count` rows of this process; each purpose has its own numbers.
+        """Returns a CPU generator for each of `count` rows of this process, with numbers of its own for each purpose.
 
-        With `share` there is one generator, the same for all processes, for what one batch has in common.
+        With `share` there is one generator, the same for all processes.
         """
         rows = [0] if share else range(self.first_row, self.first_row + count)
         words = (np.random.SeedSequence((self.seed, self.batch, row, purpose)).generate_state(2) for row in rows)
@@ -71,9 +70,9 @@ def draw_timesteps(draws: Draws, count: int, args: ContrastiveFlowMatchingArgume
 
 
 def spread_timesteps(number: int, first_row: int, count: int, total: int) -> Tensor:
-    """Returns timesteps (count,) for rows first_row... of an evaluation batch of `total`: evenly spread, not random.
+    """Returns evenly spread timesteps (count,) for the rows from `first_row` of an evaluation batch of `total` rows.
 
-    They are shifted a little from one batch to the next, so that a few batches cover the scale finely.
+    They are shifted from one batch to the next, so that a few batches cover the scale finely.
     """
     return (torch.arange(first_row, first_row + count) + (number % 7 + 0.5) / 7) * 1000 / total
 
@@ -82,9 +81,9 @@ def min_snr_weights(noising: Noising, timestep: Tensor, gamma: float) -> Tensor:
     """Returns the min-SNR weight of each timestep: min(snr, gamma) / snr for epsilon, / (snr + 1) for v.
 
     Args:
-        noising: Of a model that predicts epsilon or v.
-        timestep: (b,) int64.
-        gamma: The largest signal-to-noise ratio that counts in full.
+        noising: Noising of a model that predicts epsilon or v.
+        timestep: Timesteps (b,) int64.
+        gamma: Largest signal-to-noise ratio with full weight.
 
     Returns:
         (b,) float32.
@@ -98,16 +97,16 @@ def min_snr_weights(noising: Noising, timestep: Tensor, gamma: float) -> Tensor:
 
 @final
 class PairCollator:
-    """Makes pairs of examples.
-
-    Raises:
-        ValueError: `snr_gamma` is given for a model of flow matching, which has no such ratio.
+    """Turns loaded examples into a `PairBatch`.
 
     Args:
-        args: The settings of the draws.
-        encoder: Makes latents and conditions.
-        noising: Of the pipeline.
-        accelerator: The processes; each brings as many images.
+        args: The settings.
+        encoder: Encoder of images and captions.
+        noising: Noising of the pipeline.
+        accelerator: The accelerator, which knows the processes.
+
+    Raises:
+        ValueError: `snr_gamma` is given for a flow matching model.
     """
 
     def __init__(
@@ -121,19 +120,19 @@ class PairCollator:
         self._args, self._encoder, self._noising, self._accelerator = args, encoder, noising, accelerator
 
     def __call__(self, examples: Sequence[Example], draws: Draws, timestep: Tensor | None = None) -> PairBatch:
-        """Returns examples noised and paired.
+        """Returns the pairs of a batch.
 
         Args:
-            examples: Loaded, of one size, b of them in every process.
-            draws: Of the batch.
-            timestep: (b,) on the 0..1000 scale; drawn unless given.
+            examples: Loaded examples of one size, b in every process.
+            draws: The random numbers of the batch.
+            timestep: Timesteps (b,) on the 0..1000 scale; defaults to None, drawn ones.
         """
         count, device = len(examples), self._accelerator.device
         latents = self._encoder.encode_images(examples, draws.generators(count, LATENTS))
         noise = draw_noise(draws, latents.shape, share=self._args.share_noise).to(device)
         timestep = draw_timesteps(draws, count, self._args) if timestep is None else timestep
         timestep = self._noising.round_timestep(timestep).to(device)
-        conditions, positive, candidates = self._meet(examples)
+        conditions, positive, candidates = self._gather_captions(examples)
         gamma = self._args.snr_gamma
         return PairBatch(
             noisy_latents=self._noising.noisy_latents(latents, noise, timestep),
@@ -145,8 +144,8 @@ class PairCollator:
             row_weights=None if gamma is None else min_snr_weights(self._noising, timestep, gamma),
         )
 
-    def _meet(self, examples: Sequence[Example]) -> tuple[Conditions, Tensor, Tensor]:
-        """Returns the captions that the examples meet (c rows), the columns of their own (b,), and candidates (b, c).
+    def _gather_captions(self, examples: Sequence[Example]) -> tuple[Conditions, Tensor, Tensor]:
+        """Returns the encoded captions (c rows), the column of each image's own (b,), and the candidates (b, c).
 
         The columns are the captions of all processes, then the negatives written for this process's images.
         """

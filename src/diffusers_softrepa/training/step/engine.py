@@ -1,14 +1,14 @@
-"""Pairs at any batch size: exact gradients of an objective over b images and c captions, a chunk of pairs at a time.
+"""Exact gradients of an objective over b images and c captions, with one chunk of pairs in memory at a time.
 
-Rows are independent of each other, and given the weights that an objective puts on a row's errors, so are its pairs
-(`objectives.PairRegression`). So
+Rows are independent of each other, and so are the pairs of a row, given the weights that the objective puts on its
+errors (`objectives.PairRegression`). So
 
-- where a chunk holds whole rows, their pairs run once with gradients, the objective reads the errors, and the weights
-  go straight into the backward pass: the published algorithm with 1 / b of its memory and no recomputation;
-- where a row is larger than a chunk, or only sampled negatives are to be trained, its pairs run once without gradients
-  for their errors, and those with a weight once more, in chunks, with them.
+- where a chunk holds whole rows, their pairs run once, the objective computes the weights of the errors, and the
+  backward pass uses these: the published algorithm with 1 / b of its memory and no recomputation;
+- where a row is larger than a chunk, or only sampled negatives are trained, its pairs run once without gradients for
+  their errors, and the pairs with a weight run again, in chunks, with gradients.
 
-Either way the peak memory is that of one chunk, whatever b is.
+The peak memory is that of one chunk for any b.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,16 +28,16 @@ AUTOMATIC_CHUNK = 16
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Noised images, captions, and which of them meet.
+    """Noised images, encoded captions, and the pairs of them that are run.
 
     Attributes:
-        noisy_latents: (b, ...), each image noised once.
-        target: What the denoiser should predict for each, (b, ...).
-        timestep: (b,) on the 0..1000 scale.
-        conditions: The c captions, encoded: tensors with c rows.
-        positive: Column of each image's caption, (b,) int64.
-        candidates: Which pairs take part, (b, c) bool.
-        row_weights: Weight of each image in the mean over images, (b,) float32; None for 1 each.
+        noisy_latents: Latents (b, ...), each noised once.
+        target: Prediction targets (b, ...).
+        timestep: Timesteps (b,) on the 0..1000 scale.
+        conditions: The c encoded captions, tensors with c rows.
+        positive: Column of each image's own caption, (b,) int64.
+        candidates: The pairs that are run, (b, c) bool.
+        row_weights: Weight of each image in the mean over images, (b,) float32; defaults to None, 1 each.
     """
 
     noisy_latents: Tensor
@@ -51,12 +51,12 @@ class PairBatch:
 
 @dataclass(frozen=True, eq=False)
 class PairStep:
-    """What one batch gave.
+    """Loss, errors and gradients of one batch.
 
     Attributes:
-        loss: Scalar, mean over the rows.
-        errors: (b, c), NaN for pairs that were not run.
-        gradients: Of the loss, one for each parameter.
+        loss: Scalar loss, the mean over the rows.
+        errors: Errors (b, c), NaN for pairs that were not run.
+        gradients: Gradients of the loss, one for each parameter.
     """
 
     loss: Tensor
@@ -68,20 +68,20 @@ class PairEngine:
     """Runs batches of pairs for one objective.
 
     Attributes:
-        objective: What is minimised.
-        chunk_size: Pairs that run at once now.
-        loss_scale: Factor of the backward pass now.
+        objective: The present objective.
+        chunk_size: Pairs that run at once at present.
+        loss_scale: The present factor of the backward pass.
 
     Args:
-        predict: From noisy latents (n, ...), timesteps (n,) and conditions of n rows to predictions (n, ...).
-        objective: What to minimise.
+        predict: Function from noisy latents (n, ...), timesteps (n,) and conditions of n rows to predictions (n, ...).
+        objective: The objective.
         parameters: The soft tokens in training.
-        use_bank: Chooses the token bank of the calls that follow: (n,) int64, or one for all.
-        ema: Puts the EMA of the tokens in their place while it lasts, for objectives that ask for it.
-        pair_chunk_size: Pairs that run at once; None for 16, halved each time memory runs out.
-        num_backward_negatives: Sampled negatives that each row trains besides its matched pair, without bias; None
-            for all of them.
-        loss_scale: Factor of the backward pass, taken out of the gradients again, for half precision.
+        use_bank: Function that sets the token bank of the calls that follow: (n,) int64, or one for all.
+        ema: Context that gives the tokens their EMA, for objectives that need its predictions.
+        pair_chunk_size: Pairs that run at once; defaults to None, 16. It is halved each time memory runs out.
+        num_backward_negatives: Sampled negatives that each row trains besides its matched pair, without bias; defaults
+            to None, all of them.
+        loss_scale: Factor of the backward pass for half precision, which gradients are divided by; defaults to 1.
 
     Raises:
         ValueError: A size is below 1.
@@ -115,8 +115,8 @@ class PairEngine:
         """Returns the loss, the errors and the gradients of a batch.
 
         Args:
-            batch: The pairs.
-            generator: CPU generator that samples negatives.
+            batch: The batch.
+            generator: CPU generator of the sampled negatives.
 
         Raises:
             torch.OutOfMemoryError: Not even one pair fits.
@@ -137,7 +137,7 @@ class PairEngine:
                 if self.chunk_size == 1:
                     raise
                 done = None
-            if done is None:  # only here are the tensors of the failed call let go
+            if done is None:  # the tensors of the failed call are freed here
                 torch.cuda.empty_cache()
                 self.chunk_size //= 2
                 continue
@@ -159,7 +159,7 @@ class PairEngine:
         return _scattered(torch.cat(found), batch)
 
     def _next_rows(self, wanted: Tensor, first: int) -> range:
-        """Returns the rows to run together: as many as the chunk holds the trained pairs of, at least one."""
+        """Returns the rows to run together: as many as fit a chunk with their trained pairs, at least one."""
         trained = wanted.sum(1)
         if self._num_backward_negatives is not None:
             trained = trained.clamp(max=1 + self._num_backward_negatives)
@@ -167,7 +167,7 @@ class PairEngine:
         return range(first, first + max(1, fitting))
 
     def _step_rows(self, batch: PairBatch, generator: torch.Generator | None) -> PairStep:
-        """Runs whole rows at once, if the chunk holds them and nothing asks for a first pass."""
+        """Runs whole rows once if a chunk holds them and the objective needs no first pass, else twice."""
         pairs = batch.candidates.nonzero()
         if len(pairs) > self.chunk_size or self._samples(batch) or self.objective.needs_ema_predictions:
             return self._step_twice(batch, generator)
@@ -177,12 +177,12 @@ class PairEngine:
         return PairStep(regression.loss, errors, self._gradients(found, regression.weights[batch.candidates]))
 
     def _samples(self, batch: PairBatch) -> bool:
-        """Returns whether a row has more negatives than are to be trained."""
+        """Returns whether a row has more negatives than are trained."""
         most = self._num_backward_negatives
         return most is not None and bool((batch.candidates.sum(1) > 1 + most).any())
 
     def _step_twice(self, batch: PairBatch, generator: torch.Generator | None) -> PairStep:
-        """Runs pairs without gradients for their weights, then those with a weight, in chunks, with gradients."""
+        """Runs all pairs without gradients for their weights, then those with a weight again, with gradients."""
         errors, regression = self._first_pass(batch)
         weights = regression.weights
         if self._num_backward_negatives is not None:
@@ -201,7 +201,7 @@ class PairEngine:
 
     @torch.no_grad()
     def _first_pass(self, batch: PairBatch) -> tuple[Tensor, PairRegression]:
-        """Returns the errors of all pairs (b, c) and the regression they lead to."""
+        """Returns the errors of all pairs (b, c) and their regression."""
         keeps = self.objective.needs_ema_predictions
         shape = (*batch.candidates.shape, *batch.target.shape[1:])
         predictions = batch.target.new_zeros(shape) if keeps else None
@@ -217,7 +217,7 @@ class PairEngine:
         return errors, self._regress(batch, errors, predictions, target)
 
     def _regress(self, batch: PairBatch, errors: Tensor, *predicted: Tensor | None) -> PairRegression:
-        """Returns the objective's regression, row by row where rows have weights: it is a mean over them."""
+        """Returns the regression of the objective, a mean over the rows, with their weights if they have some."""
         if batch.row_weights is None:
             return self.objective(errors, batch.positive, batch.candidates, *predicted)
         each = [
