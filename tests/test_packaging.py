@@ -69,8 +69,8 @@ def test_the_wheel_installs_and_imports_in_a_clean_environment(built: Path, tmp_
 def test_installing_the_wheel_changes_no_other_package(built: Path):
     """Beside the releases of this environment, the lowest, middle or newest ones, an installer has nothing to do."""
     (wheel,) = built.glob("*.whl")
-    asked = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", "-", str(wheel)]
-    report = json.loads(run(asked))
+    asked = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", "-"]
+    report = json.loads(run([*asked, f"{wheel}[train,eval]"]))
     changed = {package["metadata"]["name"] for package in report["install"]}
     assert changed == {"diffusers-softrepa"}
 
@@ -152,9 +152,9 @@ def test_the_lowest_versions_are_those_that_the_package_asks_for():
     lowest = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE))
     text = (ROOT / "pyproject.toml").read_text()
     required = text.partition("dependencies = [")[2].partition("]")[0]
-    asked = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', required))
-    assert len(asked) == 7
+    extras = "".join(re.findall(r"^(?:train|eval|space) = \[.*\]$", text, re.MULTILINE))
+    assert required.count(">=") == 7 and extras.count(">=") == 8
     for name in required.replace('"', "").replace(",", "").split():
         assert "<" not in name, f"an upper bound needs a reason: {name}"
-    for name, version in asked.items():
+    for name, version in re.findall(r'"([\w-]+)>=([\d.]+)', required + extras):
         assert f"{lowest[name]}.".startswith(f"{version}."), name
