@@ -8,19 +8,20 @@ import inspect
 from typing import Any
 
 import diffusers
-import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, http_backoff
 from packaging.version import Version
 from torch import Tensor, nn
 
 DIFFUSERS = Version(diffusers.__version__)
 TRANSFORMERS = Version(transformers.__version__)
 
-# huggingface_hub 1: after these answers to a download its client asks again by itself.
-HUB_ASKS_AGAIN: tuple[int, ...] = (408, 429) if Version(huggingface_hub.__version__).major > 0 else ()
+# The answers after which the Hub's client asks again by itself before it gives up: all that may pass since
+# huggingface_hub 1, some or one before.
+_RETRIED = inspect.signature(http_backoff).parameters["retry_on_status_codes"].default
+HUB_RETRIES: tuple[int, ...] = _RETRIED if isinstance(_RETRIED, tuple) else (429,)
 
 # Modular pipelines came with diffusers 0.35; None before.
 ModularPipeline: Any = getattr(diffusers, "ModularPipeline", None)
@@ -132,7 +133,7 @@ except ImportError:
 
 __all__ = [
     "DIFFUSERS",
-    "HUB_ASKS_AGAIN",
+    "HUB_RETRIES",
     "TRANSFORMERS",
     "ClipProcessor",
     "ModularPipeline",

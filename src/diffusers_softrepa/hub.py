@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .card import images_of, refreshed, words_by_hand
-from .compat import HUB_ASKS_AGAIN, transport_fault
+from .compat import HUB_RETRIES, transport_fault
 from .hub_errors import PASSING, download_sentence, push_advice, redacted
 from .hub_options import HubOptions as HubOptions
 from .hub_options import checked_token as checked_token
@@ -34,6 +34,7 @@ UNKNOWN_REPO = "user/this-adapter"  # placeholder in a card that is written befo
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the call fails at once
 
+_RETRIED_DOWNLOADS = tuple(status for status in HUB_RETRIES if status < 500)  # by the client, after a failed download
 _T = TypeVar("_T")
 
 
@@ -122,7 +123,7 @@ def _fetched(repo_id: str, filename: str, options: HubOptions) -> Path:
         )
 
     try:
-        return Path(_tried(download, already=HUB_ASKS_AGAIN))
+        return Path(_tried(download, already=_RETRIED_DOWNLOADS))
     except Exception as error:  # the client, its transport and the cache's disk raise many kinds
         # With force_download the client hides what went wrong behind a ValueError that names nothing.
         cause = error.__cause__ if type(error) is ValueError and isinstance(error.__cause__, Exception) else error
@@ -157,8 +158,11 @@ def _wait(error: Exception, pause: float, already: tuple[int, ...]) -> float | N
     """Returns the seconds to wait before the next attempt; None if the failure is not temporary."""
     hidden = error.__cause__ if type(error) in (ValueError, LocalEntryNotFoundError) else None
     response = getattr(hidden or error, "response", None)
-    if isinstance(error, LocalEntryNotFoundError) and (429 in already or getattr(response, "status_code", 0) != 429):
-        return None  # the client has tried again already
+    if isinstance(error, LocalEntryNotFoundError):
+        # A client that retries after status 500 also retries after a lost connection.
+        status = getattr(response, "status_code", 500)
+        if status in HUB_RETRIES or status not in PASSING:
+            return None
     if response is not None and hidden is None and response.status_code in already:
         return None
     if response is not None and response.status_code in PASSING:
