@@ -91,7 +91,9 @@ def load_softrepa(
             "adapter_name must be a string, but is a SoftREPAConfig; give the config by keyword: config=..."
         )
     if config is not None and not isinstance(config, SoftREPAConfig):
-        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}")
+        raise TypeError(
+            f"config must be a SoftREPAConfig, but is {config!r}; SoftREPAConfig.for_denoiser(denoiser) makes one"
+        )
     if use_safetensors is False:
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:
