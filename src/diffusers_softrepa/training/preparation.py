@@ -37,7 +37,7 @@ def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditione
         flip=args.random_flip,
         further_resolutions=tuple(args.further_resolutions),
     )
-    config = conditioner.denoiser.config
+    config: Any = conditioner.denoiser.config
     limit = getattr(config, "pos_embed_max_size", None)  # in patches of a side, as SD3 has it
     for height, width in framing.sizes:
         _, latent_height, latent_width = conditioner.latent_shape(height, width)
