@@ -1,8 +1,9 @@
 """FLUX and related transformers: dual and single blocks with rotary positions over text and image.
 
 The rotary rows of the tokens are copies of the first text row; its position is zero, or the same for all text rows.
-Dual blocks take and return text and image separately. Single blocks do so too (FLUX.1 since diffusers 0.35), or take one
-sequence with the text first (FLUX.2, Chroma). There is no published adapter for FLUX.1; the defaults are those of SD3.
+Dual blocks take and return text and image separately. Single blocks do so too (FLUX.1 since diffusers 0.35), or take
+one sequence with the text first (FLUX.2, Chroma). There is no published adapter for FLUX.1; the defaults are those of
+SD3.
 """
 
 from collections.abc import Mapping
