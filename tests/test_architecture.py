@@ -16,7 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "hub_ids": set(),
     "other_adapters": set(),
     "files": {"quoting"},
-    "families": set(),
+    "families": {"compat"},
     "config": {"families", "files", "hub_ids", "quoting"},
     "compat": set(),
     "tokens": {"config"},

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from diffusers_softrepa import (
     supported_denoisers,
     unload_softrepa,
 )
+from diffusers_softrepa.compat import DIFFUSERS
 from diffusers_softrepa.families import Block
 from diffusers_softrepa.wrapping import bound, positions_of
 from zoo import LENGTH, K, Specimen
@@ -135,6 +137,10 @@ def test_what_a_masked_row_of_text_holds_does_not_matter(specimen: Specimen):
     denoiser, inputs = zoo.with_tokens(specimen), specimen.masked()
     other = {**inputs, specimen.text: inputs[specimen.text].clone()}
     other[specimen.text][:, zoo.VALID :] = zoo.noise("other text", *other[specimen.text][:, zoo.VALID :].shape)
+    if specimen.kind == "QwenImageTransformer2DModel" and Version("0.37") > DIFFUSERS:
+        disable_softrepa(denoiser)
+        assert not torch.allclose(specimen.call(denoiser, other), specimen.call(denoiser, inputs), atol=1e-5)
+        pytest.skip(f"{specimen.kind} of diffusers {DIFFUSERS} itself attends to masked text")
     expected = specimen.call(denoiser, inputs)
     assert_close(specimen.call(denoiser, other), expected, rtol=1e-5, atol=1e-5)
     longer = {**other, **specimen.mask(2, LENGTH, zoo.VALID + 1)}

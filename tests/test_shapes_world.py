@@ -1,5 +1,6 @@
 """The shapes world: captions, images, the oracle that reads them, and the small models' words."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,11 +13,21 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from transformers import AutoTokenizer
 
 from shapes_world import models, oracle, train_base, world
 from shapes_world.world import Ask, Thing, Want
 
 FOLDER = Path(world.__file__).parent
+# What the two kinds of tokenizers make of a caption and of a word that is not of the world.
+TOKENS = (
+    ("two red circles, a blue square", [180, 167, 142, 104, 77, 40, 97, 149, 181], [32, 24, 12, 73, 4, 10, 26, 1]),
+    (
+        "xylophone's",
+        [180, 23, 24, 11, 14, 15, 7, 14, 13, 44, 38, 58, 181],
+        [3, 59, 60, 47, 50, 51, 43, 50, 49, 40, 74, 54, 1],
+    ),
+)
 RED_CIRCLE = Thing("red", "circle", 6.0, 6.0, 4.2)
 BLUE_SQUARE = Thing("blue", "square", 26.0, 6.0, 4.2)
 
@@ -106,6 +117,23 @@ def test_every_word_is_one_token_and_every_caption_fits():
         assert len(t5(ask.caption).input_ids) == len(words) + 1
     strange = clip("xylophone").input_ids
     assert len(strange) > 5 and clip.eos_token_id not in strange[1:-1]
+
+
+def test_the_embedded_tokenizers_are_what_is_saved_and_give_the_same_numbers_with_each_release(tmp_path: Path):
+    """transformers 4 and 5 read each other's files only if they have this form."""
+    embedded = FOLDER / "sd3"
+    models.save_pipeline(models.sd3_pipeline(models.vae(), width=64, layers=1), tmp_path)
+    names = sorted(path.relative_to(embedded) for path in embedded.glob("tokenizer*/*"))
+    assert names == sorted(path.relative_to(tmp_path) for path in tmp_path.glob("tokenizer*/*"))
+    index, saved = (json.loads((folder / "model_index.json").read_text()) for folder in (embedded, tmp_path))
+    assert {name: kind for name, kind in index.items() if name[0] != "_"} == {
+        name: kind for name, kind in saved.items() if name[0] != "_"
+    }
+    for folder in (embedded, tmp_path):
+        clip, other, t5 = (AutoTokenizer.from_pretrained(folder / f"tokenizer{n}") for n in ("", "_2", "_3"))
+        for text, clip_ids, t5_ids in TOKENS:
+            assert clip(text).input_ids == other(text).input_ids == clip_ids
+            assert t5(text).input_ids == t5_ids
 
 
 def test_the_exact_phrasing_says_the_same_in_other_words():

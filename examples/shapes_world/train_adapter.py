@@ -9,6 +9,7 @@ LoRA of as many numbers on the same images by plain denoising; `lora/` is its re
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from diffusers_softrepa import SoftREPAConfig
 from diffusers_softrepa.conditioning import conditioner_of
@@ -124,6 +126,14 @@ def train_lora(pipe: Any, folder: Path, steps: int, rows: Sequence[dict[str, Any
         optimizer.step()
         optimizer.zero_grad()
     pipe.transformer.save_lora_adapter(folder)
+    keep_settings(folder / LORA_FILE, {"r": rank, "lora_alpha": rank, "target_modules": targets})
+
+
+def keep_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Leaves only these settings in a LoRA's file: an older peft refuses the names of those that it does not know."""
+    settings = {"rank_pattern": {}, "alpha_pattern": {}} | settings  # diffusers wants to read these
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    save_file(load_file(file), file, metadata)
 
 
 def load_lora(pipe: Any, folder: Path) -> None:

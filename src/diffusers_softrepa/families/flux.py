@@ -1,8 +1,9 @@
 """FLUX and related transformers: dual and single blocks with rotary positions over text and image.
 
 The rotary rows of the tokens are copies of the first text row; its position is zero, or the same for all text rows.
-Dual blocks take and return text and image separately. Single blocks do so too (FLUX.1), or take one sequence with the
-text first (FLUX.2, Chroma). There is no published adapter for FLUX.1; the defaults are those of SD3.
+Dual blocks take and return text and image separately. Single blocks do so too (FLUX.1 since diffusers 0.35), or take
+one sequence with the text first (FLUX.2, Chroma). There is no published adapter for FLUX.1; the defaults are those of
+SD3.
 """
 
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
+from ..compat import DIFFUSERS
 from .spec import BlockGroup, ExtendedArgument, FamilySpec, TimestepArgument, inner_width, recipe
 
 _ROTARY = ExtendedArgument("image_rotary_emb", dim=0, each=True)
@@ -24,7 +27,7 @@ _RECIPE = recipe(inner_width, "num_layers", "num_single_layers")
 FLUX = FamilySpec(
     name="flux",
     denoiser="FluxTransformer2DModel",
-    groups=(_DUAL, _APART),
+    groups=(_DUAL, _APART if Version("0.35") <= DIFFUSERS else _JOINT),
     width=inner_width,
     defaults=_RECIPE,
     timestep=_ZERO_TO_ONE,
