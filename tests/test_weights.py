@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import tiny
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, set_softrepa, softrepa_parameters
-from diffusers_softrepa.quoting import quoted
 
 SD15, SDXL, SD3, FLUX = tiny.FAMILIES
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES, ids=lambda family: family.name)
@@ -142,7 +141,7 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("names", "weights", "kind", "message"), BAD, ids=lambda value: quoted(value, 30))
+@pytest.mark.parametrize(("names", "weights", "kind", "message"), BAD, ids=range(len(BAD)))
 def test_anything_else_is_refused_before_anything_changes(
     names: Any, weights: Any, kind: type[Exception], message: str
 ):
