@@ -4,6 +4,7 @@
     python research/study.py train softrepa agsm   # some adapters
     python research/study.py measure --seeds 5 --guidance 1 2 4
     python research/study.py table
+    python research/study.py compare ours softrepa denoising             # paired differences of the first
     python research/study.py figure ours --guidance 1 --skills colors two_object counting color_attr position
 
 Adapters are kept in `--adapters`, a folder for each method and seed, measurements in `--out`, a file for each adapter,
@@ -181,21 +182,45 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def gain_and_errors(correct: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Returns the mean paired difference to the base, and its standard error, of images and of training together.
+    """Returns the mean paired difference of two rows, and its standard error, of images and of training together.
 
     The prompts are the same for every training seed. So the variance of the mean is that of prompts (of differences
-    averaged over training seeds), plus what training adds: the variance between the means of training seeds beyond
-    that of images, over their number.
+    averaged over training seeds), plus what training adds: the variance between the means of training seeds, over
+    their number, of either row.
 
     Args:
         correct: By training seed and image, (seeds, images) bool.
-        base: By image, (images,) bool.
+        base: The same of what it is compared with, (seeds, images) bool.
     """
-    difference = correct.astype(float) - base  # (seeds, images)
-    mean = difference.mean(0)
-    prompts_error = float(mean.std(ddof=1) / len(mean) ** 0.5)
-    spread = float(difference.mean(1).std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
-    return {"gain": float(mean.mean()), "error": float(np.hypot(prompts_error, spread)), "training": spread}
+    first, second = correct.astype(float), base.astype(float)
+    difference = first.mean(0) - second.mean(0)  # (images,)
+    images_error = float(difference.std(ddof=1) / len(difference) ** 0.5)
+    spread = float(np.hypot(*(_mean_and_error(row.mean(1))[1] for row in (first, second))))
+    return {"gain": float(difference.mean()), "error": float(np.hypot(images_error, spread)), "training": spread}
+
+
+def compare(names: Sequence[str], args: argparse.Namespace) -> str:
+    """Returns a table of the first row's paired differences from the others, a column for each guidance scale."""
+    lines = ["| " + " | ".join([f"{names[0]} less", *(f"guidance {scale:g}" for scale in args.guidance)]) + " |"]
+    lines.append("| --- " * (1 + len(args.guidance)) + "|")
+    correct = {(name, scale): _correct(name, scale, args) for name in names for scale in args.guidance}
+    for name in names[1:]:
+        found = [gain_and_errors(correct[names[0], scale], correct[name, scale]) for scale in args.guidance]
+        cells = [f"{100 * one['gain']:+.1f} ± {100 * one['error']:.1f}" for one in found]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _correct(name: str, scale: float, args: argparse.Namespace) -> np.ndarray:
+    """Returns which images of a row are right, by training seed, (seeds, images) bool.
+
+    Raises:
+        FileNotFoundError: The row has not been measured at this scale.
+    """
+    found = load_measured(name, scale, args)
+    if found is None:
+        raise FileNotFoundError(f"{args.out} has no measurements of {name} at guidance {scale:g}; measure it first")
+    return np.stack([np.concatenate([run.correct for run in some]) for some in found[0]])
 
 
 def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -205,8 +230,7 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
     real = features(base, [render(random_ask(rng).scene(rng), random_background(rng)) for _ in range(2000)])
     table: dict[str, dict[str, Any]] = {}
     for scale in args.guidance:
-        found = load_measured("base", scale, args)
-        of_base = np.concatenate([run.correct for run in found[0][0]]) if found else None
+        of_base = _correct("base", scale, args) if load_measured("base", scale, args) else None
         for name in names:
             found = load_measured(name, scale, args)
             if found is None:
@@ -230,8 +254,7 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
                 **_diagnostics(adapter_folder(name, 0, args) / "log.jsonl"),
             }
             if of_base is not None and name != "base":
-                correct = np.stack([np.concatenate([run.correct for run in some]) for some in runs])
-                row |= gain_and_errors(correct, of_base)
+                row |= gain_and_errors(_correct(name, scale, args), of_base)
             table.setdefault(name, {})[f"{scale:g}"] = row
     return table
 
@@ -272,7 +295,9 @@ def main(
     arguments: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS, description: str | None = __doc__
 ) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["all", "train", "measure", "table", "figure"], default="all")
+    parser.add_argument(
+        "part", nargs="?", choices=["all", "train", "measure", "table", "compare", "figure"], default="all"
+    )
     parser.add_argument("names", nargs="*", help="rows of the table; all unless given")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)
@@ -292,6 +317,8 @@ def main(
     if args.part in ("all", "measure"):
         measure_all(names, args)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.part == "compare":
+        print(compare(names, args))
     if args.part == "figure":
         figure(args).save(args.out / "figure.png", optimize=True)
     if args.part in ("all", "table"):

@@ -153,7 +153,7 @@ def test_damaged_lines_of_a_log_cost_neither_the_others_nor_the_run(
     log = run / "log.jsonl"
     log.write_bytes(b"{bad}\n" + log.read_bytes() + b'\xff\xfe\n[{"step": 1}\n5\n{"a": 1}\n{"step": 9, "lo')
     assert trainer(run, resume_from_checkpoint="latest").train().finished
-    assert "no entries of a log and are left out" in caplog.text
+    assert "no log entries and are dropped" in caplog.text
     trainer(tmp_path / "whole").train()
     entries = log_of(run)  # with an evaluation at step 4, where the first run ended
     assert all(entry in entries for entry in log_of(tmp_path / "whole"))

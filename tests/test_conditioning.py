@@ -389,7 +389,7 @@ def test_a_family_without_a_conditioner_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_settings_that_a_pipeline_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="StableDiffusionPipeline leaves no choice of guidance_scale, max_sequence"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline has no setting guidance_scale, max_sequence"):
         conditioner_of(tiny.sd15_pipeline(), max_sequence_length=77, guidance_scale=3.5)
     with pytest.raises(ValueError, match=r"settings must be positive, but are \{'max_sequence_length': 0\}"):
         conditioner_of(tiny.sd3_pipeline(), max_sequence_length=0)

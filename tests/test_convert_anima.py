@@ -236,7 +236,7 @@ def test_the_command_line_goes_both_ways(tmp_path: Path, capsys: pytest.CaptureF
     save_file(tensors, tmp_path / "in.safetensors", metadata={"ss_splice_position": "front_of_padding"})
     main([str(tmp_path / "in.safetensors"), str(tmp_path / "ours"), "--from", "anima"])
     main([str(tmp_path / "ours"), str(tmp_path / "out.safetensors"), "--to", "anima"])
-    assert "put it into ComfyUI's models/loras" in capsys.readouterr().out
+    assert "move the file to ComfyUI's models/loras" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "ours")[0].family == "cosmos"
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata()["ss_splice_position"] == "end_of_sequence"

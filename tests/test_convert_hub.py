@@ -82,4 +82,4 @@ def test_the_command_line_takes_a_hub_id(hub: "HubServer", folder: Path, tmp_pat
 def test_the_command_line_needs_a_family_for_the_authors_files(hub: "HubServer", capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["authors/soft-tokens", "ours"])
-    assert "give --family sd3, or unet" in capsys.readouterr().err
+    assert "give --family sd3, or --family unet" in capsys.readouterr().err

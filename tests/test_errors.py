@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
     "config that is a name": (
         lambda s: {"source": s.tensors, "config": "sd3"},
         TypeError,
-        r"was adapter_name='sd3' meant",
+        r"config must be a SoftREPAConfig, but is 'sd3'; SoftREPAConfig.for_denoiser\(denoiser\) makes one",
     ),
     "no such folder": (
         lambda s: s.folder / "nothing" / "here",
@@ -182,7 +182,7 @@ CASES: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
     "folder without weights": (lambda s: s.folder.parent, OSError, rf"there is no {WEIGHTS} in .*; give weight_name="),
     "folder in place of the file": (directory_for_a_file, OSError, rf"there is no {WEIGHTS} in"),
     "no such subfolder": (lambda s: {"source": s.folder, "subfolder": "x"}, OSError, rf"there is no {WEIGHTS} in .*x"),
-    "no source": (lambda s: {"source": None}, TypeError, r"NoneType"),
+    "no source": (lambda s: {"source": None}, TypeError, r"or a state dict, but source is None"),
     "name of no text": (
         lambda s: {"source": s.folder, "adapter_name": ""},
         TypeError,

@@ -7,17 +7,25 @@ from typing import Any
 import pytest
 
 import diffusers_softrepa.families as families
-from diffusers_softrepa.families import built_in_families
-from diffusers_softrepa.families.table import families_page
+from diffusers_softrepa import conditioning
+from diffusers_softrepa.families import built_in_families, table
+from golden import NAMES, golden
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_the_page_of_families_is_current():
     current = (DOCS / "families.md").read_text(encoding="utf-8")
-    assert current == families_page(built_in_families()), (
+    assert current == table.families_page(built_in_families()), (
         "python -m diffusers_softrepa.families.table > docs/families.md"
     )
+
+
+def test_the_page_begins_with_the_families_that_can_be_trained_and_says_which_were_compared():
+    assert set(table.TRAINED) == {conditioner.family for conditioner in conditioning._CONDITIONERS}
+    assert set(table.COMPARED) == {golden(name).config.family for name in NAMES}
+    page = (DOCS / "families.md").read_text(encoding="utf-8")
+    assert page.index("| model | use | train | tested |") < page.index("## ")
 
 
 def test_adding_a_family_works_as_the_guide_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

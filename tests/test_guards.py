@@ -39,7 +39,9 @@ def test_a_block_mask_is_refused():
     expected = specimen.call(denoiser, inputs)
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(QwenImage21FlexAttnProcessor())
-    with pytest.raises(ValueError, match=r"a BlockMask, which cannot; set_attn_processor\(QwenImage21AttnProcessor"):
+    with pytest.raises(
+        ValueError, match=r"a BlockMask, which cannot; call set_attn_processor\(QwenImage21AttnProcessor"
+    ):
         specimen.call(denoiser, inputs)
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(QwenImage21AttnProcessor())
@@ -104,7 +106,7 @@ def test_chroma_with_a_mask_under_checkpointing_is_refused_while_diffusers_drops
     denoiser.enable_gradient_checkpointing()
     assert (specimen.call(denoiser, inputs) - base).abs().max() > 1e-4, "diffusers hands the mask on: drop the guard"
     enable_softrepa(denoiser)
-    with pytest.raises(ValueError, match=r"must see the attention mask, .* call disable_gradient_checkpointing\(\)"):
+    with pytest.raises(ValueError, match=r"must get the attention mask, .* call disable_gradient_checkpointing\(\)"):
         specimen.call(denoiser, inputs)
     with torch.no_grad():
         specimen.call(denoiser, inputs)

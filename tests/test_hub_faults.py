@@ -1,6 +1,7 @@
 """What can go wrong on the way to the Hub and back: one true sentence each, and a passing trouble passes by itself."""
 
 import errno
+import json
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from diffusers_softrepa import hub as our_hub
 from diffusers_softrepa.adapter import adapters_of
 from diffusers_softrepa.checkpoint import save_checkpoint
 from diffusers_softrepa.hub import HubOptions, check_login, checked_token, located, push_folder
+from diffusers_softrepa.hub_errors import push_advice
 
 pytest_plugins = ["hub_server"]
 
@@ -409,3 +411,10 @@ def test_nothing_is_pushed_to_a_revision_of_a_wrong_type(hub: Any, folder: Path,
     with pytest.raises(TypeError, match="revision must be a string or None, but is"):
         push_folder(folder, REPO, [WEIGHTS], revision=revision)
     assert hub.requests == []
+
+
+def test_an_answer_that_is_not_json_is_no_matter_of_the_login():
+    with pytest.raises(ValueError, match="Expecting value") as caught:
+        json.loads("<html>")
+    assert push_advice(caught.value) == "make sure that no login page, proxy or firewall answers in place of the Hub"
+    assert push_advice(ValueError("another")).startswith("log in with")

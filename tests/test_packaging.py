@@ -99,7 +99,7 @@ def test_the_description_on_a_package_index_has_no_link_that_leads_nowhere(built
     assert metadata["Description-Content-Type"] == "text/markdown"
     targets = re.findall(r"\]\(([^)]*)\)|(?:href|src)=[\"']([^\"']*)", description)
     assert targets and all(target.startswith("https://") for pair in targets for target in pair if target)
-    for sentence in ("## Will it help me?", "pipe.load_softrepa(", "| base model | 14.6 |", "All verbs: weights"):
+    for sentence in ("## Will it help me?", "pipe.load_softrepa(", "| base model | 14.7 |", "All verbs: weights"):
         assert sentence in description
     assert "A green frame marks" not in description  # the caption of an image that is not there
     urls = [url.split(", ", 1)[1] for url in metadata.get_all("Project-URL")]

@@ -40,7 +40,7 @@ def test_the_error_of_a_gain_is_the_spread_of_gains_over_prompts_and_trainings()
     for _ in range(2000):
         skill = rng.normal(0.5, 0.1, 3)  # of each training
         ease = rng.uniform(-0.3, 0.3, 200)  # of each prompt
-        base = rng.random(200) < 0.3 + ease
+        base = rng.random((1, 200)) < 0.3 + ease
         found.append(study.gain_and_errors(rng.random((3, 200)) < skill[:, None] + ease, base))
     spread = np.std([one["gain"] for one in found])
     assert np.sqrt(np.mean([one["error"] ** 2 for one in found])) == pytest.approx(spread, rel=0.15)

@@ -67,8 +67,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Any) -> Path:
     pipe.save_softrepa("my-tokens")
     hub.add_repo("user/softrepa-sd3", {path.name: path.read_bytes() for path in Path("my-tokens").iterdir()})
     make_photos(tmp_path / "photos")
-    (tmp_path / "published").mkdir()
-    write_reference(tmp_path / "published" / "sd3", torch.randn(5, 4, 24), torch.randn(100, 5 * 24))
+    (tmp_path / "SoftREPA" / "tokens").mkdir(parents=True)
+    write_reference(tmp_path / "SoftREPA" / "tokens" / "sd3", torch.randn(5, 4, 24), torch.randn(100, 5 * 24))
     save_file(file_of(), "soft_tokens.safetensors")
     original = training.ContrastiveFlowMatchingArguments
     monkeypatch.setattr(
@@ -121,12 +121,13 @@ def test_the_python_of_the_foreign_formats_runs(place: Path):
 def test_the_commands_of_the_foreign_formats_run(place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch):
     from diffusers_softrepa.convert import main
 
-    write_reference(place / "published" / "sdxl", torch.randn(4, 2048))
-    files = {f"sd3/{path.name}": path.read_bytes() for path in (place / "published" / "sd3").iterdir()}
+    write_reference(place / "SoftREPA" / "tokens" / "sdxl", torch.randn(4, 2048))
+    files = {f"sd3/{path.name}": path.read_bytes() for path in (place / "SoftREPA" / "tokens" / "sd3").iterdir()}
     hub.add_repo("user/softrepa-published", files)
     cosmos = SoftREPAConfig(family="cosmos", token_dim=4)
-    commands = [line.split()[3:] for line in "".join(blocks("foreign_formats.md", "bash")).splitlines()]
-    assert len(commands) == 5
+    lines = "".join(blocks("foreign_formats.md", "bash")).splitlines()
+    commands = [line.split()[2:] for line in lines if line.startswith("softrepa convert ")]
+    assert len(commands) == 5 == len(lines) - 1  # and one that clones the authors' repository
     for arguments in commands:
         if arguments[0] == "my-tokens":
             save_checkpoint("my-tokens", cosmos, {"tokens": torch.ones(1, 4, 4)})

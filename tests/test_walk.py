@@ -15,10 +15,11 @@ from shapes_world.models import MAX_WORDS
 from shapes_world.world import SIZE, random_ask, random_background, render
 
 pytest_plugins = ["hub_server"]
+MODEL = Path(BASE).resolve()
 GUIDE = Path(__file__).parents[1] / "docs" / "training.md"
 # The model of the guide is replaced by the one in the repository, and the run is short.
 CHANGES = {
-    "--pretrained_model_name_or_path": str(BASE),
+    "--pretrained_model_name_or_path": str(MODEL),
     "--resolution": str(SIZE),
     "--max_sequence_length": str(MAX_WORDS),
     "--max_steps": "3",
@@ -59,7 +60,7 @@ def test_the_walk_of_the_training_guide(tmp_path: Path, hub: Any, monkeypatch: p
         assert (Path("my-tokens") / name).exists(), name
     card = ModelCard(hub.files("you/my-tokens")["README.md"].decode())
     assert "### Evaluation" in card.text and 'pipe.load_softrepa("you/my-tokens")' in card.text
-    pipe = load_base()
+    pipe = load_base(MODEL)
     call = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "max_sequence_length": MAX_WORDS}
 
     def draw() -> bytes:

@@ -67,14 +67,14 @@ def pooled(output: Any) -> Tensor:
 
 
 def check_write_access(api: HfApi, repo_id: str) -> None:
-    """Asks the Hub whether one may write to a model repository, as `HfApi.auth_check` of huggingface_hub 1 does.
+    """Checks that the token of a client may write to a model repository, as huggingface_hub 1 can with `auth_check`.
 
     Args:
-        api: The client, with its token.
-        repo_id: The repository.
+        api: Client of the Hub, with its token.
+        repo_id: Id of the model repository.
 
     Raises:
-        HfHubHTTPError: One may not, or the Hub does not answer that.
+        HfHubHTTPError: The token may not write to the repository, or the Hub cannot be asked.
     """
     if "write" in inspect.signature(api.auth_check).parameters:
         api.auth_check(repo_id, write=True)
@@ -84,13 +84,13 @@ def check_write_access(api: HfApi, repo_id: str) -> None:
 
 
 def transport_fault(error: BaseException) -> str | None:
-    """Returns what failed on the way to the Hub: "proxy", "timeout", "no connection" or "broken off"; None if nothing.
+    """Returns the kind of a connection error: "proxy", "timeout", "no connection" or "broken off", or None for others.
 
-    The Hub's client sends requests with httpx, and before huggingface_hub 1 with requests. The classes of their errors
-    are told by name, as only one of the two packages may be installed.
+    huggingface_hub sends requests with httpx, and before release 1 with requests. Their error classes are recognised
+    by name, because only one of the two packages may be installed.
 
     Args:
-        error: An error of the Hub's client.
+        error: Error that huggingface_hub raised.
     """
     names = {cls.__name__ for cls in type(error).__mro__}
     if "ProxyError" in names:
@@ -114,9 +114,9 @@ def _execution_device(module: nn.Module) -> torch.device:
     except ValueError:  # the module is not offloaded in groups
         pass
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    told = (getattr(hook, "execution_device", None) for hook in hooks)
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
     own = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    return torch.device(next((device for device in told if device is not None), own))
+    return torch.device(next((device for device in devices if device is not None), own))
 
 
 try:

@@ -91,7 +91,9 @@ def load_softrepa(
             "adapter_name must be a string, but is a SoftREPAConfig; give the config by keyword: config=..."
         )
     if config is not None and not isinstance(config, SoftREPAConfig):
-        raise TypeError(f"config must be a SoftREPAConfig, but is {config!r}")
+        raise TypeError(
+            f"config must be a SoftREPAConfig, but is {config!r}; SoftREPAConfig.for_denoiser(denoiser) makes one"
+        )
     if use_safetensors is False:
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:
@@ -106,7 +108,9 @@ def load_softrepa(
         loaded[component] = make_adapter(denoisers[component], own_config, tensors=tensors, trainable=is_trainable)
         _warn_of_other_base(target, own_config)
     with changing(denoisers.values(), numbers_of=name if hotswap else None):
-        name = _free_name(_names(denoisers), name if hotswap else adapter_name, taken_is_fine=hotswap)  # as of now
+        name = _free_name(
+            _names(denoisers), name if hotswap else adapter_name, taken_is_fine=hotswap
+        )  # another thread may have changed the names
         if hotswap:
             for component, adapter in loaded.items():
                 _loaded(denoisers[component]).check_swap(name, adapter.config)
@@ -151,7 +155,7 @@ def add_softrepa(
             denoiser, own, text_embeddings=text_embeddings, generator=generator, trainable=True
         )
     with changing(denoisers.values()):
-        name = _free_name(_names(denoisers), adapter_name)  # as of now
+        name = _free_name(_names(denoisers), adapter_name)  # another thread may have changed the names
         for component, adapter in fresh.items():
             attach(denoisers[component], name, adapter)
     return name
@@ -272,7 +276,9 @@ def set_softrepa(
     branch = checked_branch(guidance_branch)
     chosen = weights_by_name(adapter_names, adapter_weights)
     with changing(denoisers_of(target).values()):
-        _having(target, [*chosen, *(adapter_names if isinstance(adapter_names, Mapping) else [])])  # all are known
+        _having(
+            target, [*chosen, *(adapter_names if isinstance(adapter_names, Mapping) else [])]
+        )  # raises if one is unknown
         states = [
             (adapters, adapters.weighed({name: chosen[name] for name in chosen if name in adapters.names}, branch))
             for adapters in _having(target).values()
@@ -333,7 +339,7 @@ def softrepa_disabled(target: Any) -> Iterator[None]:
     finally:
         with changing(denoisers):
             for denoiser, adapters in paused:
-                if adapters_of(denoiser) is adapters:  # or it was unloaded meanwhile
+                if adapters_of(denoiser) is adapters:  # not if it was unloaded in the block
                     adapters.pause(-1)
 
 

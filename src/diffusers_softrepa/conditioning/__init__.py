@@ -1,6 +1,6 @@
-"""Conditioners: what a pipeline makes of images and captions in training, found by the pipeline.
+"""Conditioners: how each trainable pipeline encodes images and captions and calls its denoiser.
 
-To train another pipeline class, write a `Conditioner` for it and name it in `_CONDITIONERS`.
+To train another pipeline class, write a `Conditioner` for it and add it to `_CONDITIONERS`.
 """
 
 import inspect
@@ -42,19 +42,21 @@ def conditioner_of(
 
     Args:
         pipeline: A text-to-image pipeline.
-        max_sequence_length: Text tokens per caption where the family leaves a choice; None for the published number.
-        guidance_scale: What a guidance-distilled denoiser is told; None for the published number.
+        max_sequence_length: Number of text tokens per caption, for families in which it can be chosen. Defaults to the
+            published number.
+        guidance_scale: Guidance scale that is passed to a guidance-distilled denoiser. Defaults to the published one.
 
     Raises:
-        ValueError: There is no conditioner for this pipeline, a setting is not one of its own or not positive, or the
-            pipeline cannot be trained (see `Conditioner`).
+        ValueError: There is no conditioner for this pipeline, a setting does not apply to it or is not positive, or
+            the pipeline cannot be trained: its scheduler is missing or unsuitable, its denoiser reads more than noisy
+            latents, or it is distilled.
     """
     conditioner = _conditioner_class(pipeline)
     given = {"max_sequence_length": max_sequence_length, "guidance_scale": guidance_scale}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     foreign = sorted(settings.keys() - inspect.signature(conditioner).parameters.keys())
     if foreign:
-        raise ValueError(f"{type(pipeline).__name__} leaves no choice of {', '.join(foreign)}; do not set it")
+        raise ValueError(f"{type(pipeline).__name__} has no setting {', '.join(foreign)}; do not set it")
     if any(value <= 0 for value in settings.values()):
         raise ValueError(f"settings must be positive, but are {settings}")
     return conditioner(pipeline, **settings)

@@ -1,13 +1,13 @@
-"""From images and captions to the denoiser's prediction: what the conditioner of every pipeline does.
+"""The base class of all conditioners: from images and captions to the prediction of the denoiser.
 
-With the VAE's encoder E, images x, captions c, noise n and timestep t in 0..1000:
+With the encoder E of the VAE, images x, captions c, noise n and timestep t in 0..1000:
 
     x0 = (E(x) - shift) * scale                `encode_images`
     conditions = text encoders of c            `encode_captions`
     prediction = denoiser(x_t, t, conditions)  `predict`, with x_t = noising.noisy_latents(x0, n, t)
 
-and the prediction is compared to `noising.target(x0, n, t)`, whatever the denoiser's own layout, clock or sign:
-latents are (n, C, h, w), timesteps run from 0 (clean) to 1000 (noise), and flow matching predicts n - x0.
+The prediction is compared to `noising.target(x0, n, t)`. Conditioners hide the layout, timestep scale and sign of each
+denoiser: latents are (n, C, h, w), timesteps run from 0 (clean) to 1000 (noise), and flow matching predicts n - x0.
 """
 
 from abc import ABC, abstractmethod
@@ -27,21 +27,21 @@ from .latents import denormalised, normalised, vae_latents, vae_pixels
 
 
 class Conditioner(ABC):
-    """Calls the parts of one text-to-image pipeline as its own sampling does, for many captions and images at once.
+    """Calls the components of a text-to-image pipeline as sampling does, for batches of captions and images.
 
-    Components are looked up in the pipeline at every call, so they may be moved, offloaded or, once what they make is
-    cached, set to None. One subclass per pipeline class: it states the class variables, defines the abstract members
-    and takes what settings it has as keyword arguments whose defaults are the published ones.
+    Components are read from the pipeline in every call, so they may be moved or offloaded, or set to None once their
+    outputs are cached. There is one subclass per pipeline class. It sets the class variables, implements the abstract
+    members, and takes its settings as keyword arguments with the published values as defaults.
 
     Attributes:
-        family: Name of the denoiser's `FamilySpec`.
-        pipelines: Names of the pipeline classes it can call; their subclasses count.
-        text_components: What `encode_captions` needs of the pipeline; among it `text_encoder`.
-        checkpoints_exactly: Whether its denoiser predicts the same under gradient checkpointing.
-        sigmas_from_one: Whether it samples at noise levels 1, 1 - 1/n, ..., 1/n, before they are shifted, and not at
-            its scheduler's own.
+        family: Name of the `FamilySpec` of the denoiser.
+        pipelines: Names of the supported pipeline classes. Their subclasses are supported as well.
+        text_components: Names of the pipeline components that `encode_captions` needs, including `text_encoder`.
+        checkpoints_exactly: Whether gradient checkpointing leaves predictions unchanged. Defaults to True.
+        sigmas_from_one: Whether the pipeline samples at noise levels 1, 1 - 1/n, ..., 1/n before shifting, instead of
+            those of its scheduler. Defaults to False.
         pipeline: The pipeline.
-        noising: How its scheduler noises latents and what its denoiser predicts, read once.
+        noising: How the scheduler adds noise to latents, and what the denoiser predicts.
     """
 
     family: ClassVar[str]
@@ -51,10 +51,14 @@ class Conditioner(ABC):
     sigmas_from_one: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
-        """Reads the scheduler.
+        """Reads the noising from the scheduler of the pipeline.
+
+        Args:
+            pipeline: A text-to-image pipeline.
 
         Raises:
-            ValueError: The scheduler is missing or cannot train, or the denoiser reads more than noisy latents.
+            ValueError: The scheduler is missing or unsuitable for training, or the denoiser reads more than noisy
+                latents.
         """
         self.pipeline = pipeline
         self._check_present(["scheduler"], "calling the denoiser")
@@ -62,41 +66,45 @@ class Conditioner(ABC):
         made = self.latent_channels if pipeline.vae is None else self._vae_channels
         if made != self.latent_channels:
             raise ValueError(
-                f"the denoiser must read what the VAE makes and nothing else, but {type(self.denoiser).__name__} "
+                f"the denoiser must read latents of the VAE and nothing else, but {type(self.denoiser).__name__} "
                 f"reads {self.latent_channels} latent channels and the VAE makes {made}; train the text-to-image "
                 "model, not its inpainting or control variant"
             )
 
     @property
     def denoiser(self) -> nn.Module:
-        """The frozen model that soft tokens are attached to, without `torch.compile`'s wrapper."""
+        """The frozen model to which soft tokens are added, without the wrapper of `torch.compile`."""
         return denoiser_of(self.pipeline)
 
     @property
     @abstractmethod
     def latent_channels(self) -> int:
-        """Channels C of latents."""
+        """Number C of latent channels."""
 
     @property
     @abstractmethod
     def latent_multiple(self) -> int:
-        """What height and width of latents must be multiples of."""
+        """Number of which height and width of latents must be multiples."""
 
     @property
     def _vae_channels(self) -> int:
-        """Channels of what the VAE makes."""
+        """Number of channels of the latents that the VAE returns."""
         return self.pipeline.vae.config.latent_channels
 
     @property
     def image_multiple(self) -> int:
-        """What height and width of images must be multiples of, in pixels."""
+        """Number of which height and width of images must be multiples, in pixels."""
         return self.pipeline.vae_scale_factor * self.latent_multiple
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Returns the shape (C, h, w) of the latents of an image, height and width in pixels.
+        """Returns the shape (C, h, w) of the latents of an image.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
 
         Raises:
-            ValueError: A side is not a positive multiple of `image_multiple`.
+            ValueError: Height or width is not a positive multiple of `image_multiple`.
         """
         multiple = self.image_multiple
         if min(height, width) < 1 or height % multiple or width % multiple:
@@ -109,18 +117,18 @@ class Conditioner(ABC):
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """Encodes captions as sampling encodes a prompt; negative prompts have no part in it.
+        """Encodes captions as sampling encodes prompts, without negative prompts.
 
         Args:
-            captions: At least one.
+            captions: At least one caption.
 
         Returns:
-            One row per caption, on the text encoder's device and in its dtype, all padded to the same length: rows
-            of different calls and processes can be concatenated.
+            One row per caption, on the device and in the dtype of the text encoder. All rows are padded to the same
+            length, so rows of different calls and processes can be concatenated.
 
         Raises:
             TypeError: `captions` is not a sequence of strings.
-            ValueError: It is empty, or the pipeline lacks a text encoder or tokenizer.
+            ValueError: `captions` is empty, or the pipeline has no text encoder or tokenizer.
         """
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             raise TypeError(f"captions must be a list of strings, but are {captions!r}; wrap a single one in a list")
@@ -134,26 +142,31 @@ class Conditioner(ABC):
         """Encodes negative prompts as sampling does.
 
         Args:
-            prompts: At least one; None for what sampling takes when it is given none, one row.
+            prompts: At least one negative prompt. Defaults to the one that sampling uses by default.
 
         Returns:
-            As `encode_captions`; rows of both fit together.
+            One row per prompt, which can be concatenated with rows of `encode_captions`.
+
+        Raises:
+            TypeError: `prompts` is not a sequence of strings.
+            ValueError: `prompts` is empty, or the pipeline has no text encoder or tokenizer.
         """
         return self.encode_captions([""] if prompts is None else prompts)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes images to the latents that the denoiser learned on.
+        """Encodes images to normalised latents, on which the denoiser was trained.
 
         Args:
-            pixels: (n, 3, H, W) floating in [-1, 1], sides multiples of `image_multiple`.
-            generator: Draws a sample of the VAE's posterior; without one its mode is taken, the same at every call.
+            pixels: (n, 3, H, W) floating in [-1, 1]; H and W are multiples of `image_multiple`.
+            generator: Random generator for a sample of the posterior of the VAE. Defaults to None: the mode of the
+                posterior, which is the same in every call.
 
         Returns:
-            Latents x0, (n, C, h, w) float32 on the VAE's device.
+            Latents x0, (n, C, h, w) float32 on the device of the VAE.
 
         Raises:
-            ValueError: Shape or dtype of the pixels are wrong, or the pipeline has no VAE.
+            ValueError: Shape or dtype of the pixels is wrong, or the pipeline has no VAE.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
             raise ValueError(
@@ -166,13 +179,13 @@ class Conditioner(ABC):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decodes latents of `encode_images`' kind as sampling does.
+        """Decodes normalised latents, such as `encode_images` returns, as sampling does.
 
         Args:
-            latents: (n, C, h, w), on any device.
+            latents: (n, C, h, w) floating, on any device.
 
         Returns:
-            Pixels (n, 3, H, W) float32 on the VAE's device; in [-1, 1], but for the VAE's overshoot.
+            Pixels, (n, 3, H, W) float32 on the device of the VAE, in [-1, 1] or slightly outside.
 
         Raises:
             ValueError: The pipeline has no VAE.
@@ -181,12 +194,12 @@ class Conditioner(ABC):
         return self._decode_latents(latents.to(get_module_execution_device(self.pipeline.vae), torch.float32))
 
     def schedule(self, num_inference_steps: int, height: int, width: int) -> dict[str, Any]:
-        """Returns the arguments that the pipeline's call gives to its scheduler's `set_timesteps`.
+        """Returns the arguments that the pipeline passes to `set_timesteps` of its scheduler.
 
         Args:
-            num_inference_steps: How many steps.
-            height: Of the images, in pixels; a longer sequence may be shifted more.
-            width: Likewise.
+            num_inference_steps: Number of sampling steps.
+            height: Height of the images in pixels. Some schedulers shift the noise levels more for larger images.
+            width: Width of the images in pixels.
         """
         config = self.pipeline.scheduler.config
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps}
@@ -198,18 +211,21 @@ class Conditioner(ABC):
         return given
 
     def predict(self, noisy_latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Calls the denoiser once, each row with its own timestep and caption; gradients reach its soft tokens.
+        """Returns the prediction of the denoiser for rows with their own timesteps and captions.
+
+        The result is differentiable with respect to the soft tokens.
 
         Args:
-            noisy_latents: (n, C, h, w), on the device where the denoiser runs.
+            noisy_latents: (n, C, h, w) floating, on the device on which the denoiser runs.
             timestep: (n,) in 0..1000, on any device.
-            conditions: n rows of what `encode_captions` returned, on any device.
+            conditions: n rows of the result of `encode_captions`, on any device.
 
         Returns:
             The prediction of `noising.target`, (n, C, h, w) float32.
 
         Raises:
-            ValueError: The shapes do not fit the denoiser or each other, or it checkpoints and must not.
+            ValueError: The shapes do not fit the denoiser or each other, or gradient checkpointing is on for a
+                denoiser whose predictions it changes.
         """
         self._check_call(noisy_latents, timestep, conditions)
         denoiser: Any = self.denoiser
@@ -228,48 +244,58 @@ class Conditioner(ABC):
         return self._denoise(noisy_latents.to(dtype), own_timestep, cast).float()
 
     def sampling(self, guidance_scale: float | None = None) -> dict[str, Any]:
-        """Returns the arguments of the pipeline's call that guide, and that keep pictures at the size asked for.
+        """Returns the arguments of the pipeline's call that set guidance and keep images at the requested size.
 
         Args:
-            guidance_scale: None for the pipeline's own.
+            guidance_scale: Guidance scale. Defaults to that of the pipeline.
         """
         return {} if guidance_scale is None else {"guidance_scale": guidance_scale}
 
     def check_checkpointing(self) -> None:
-        """Raises ValueError if gradient checkpointing changes what the denoiser predicts."""
+        """Checks that gradient checkpointing does not change the predictions of the denoiser.
+
+        Raises:
+            ValueError: It changes them.
+        """
         if not self.checkpoints_exactly:
             name = type(self.denoiser).__name__
             raise ValueError(
-                f"gradient checkpointing must not change predictions, but that of {name} leaves out the text mask in "
-                "some of its blocks, where sampling has it; train without gradient_checkpointing, with a smaller "
+                f"gradient checkpointing must not change predictions, but with it some blocks of {name} do not get "
+                "the text mask that they get in sampling; train without gradient_checkpointing, with a smaller "
                 "pair_chunk_size if memory runs out"
             )
 
     @abstractmethod
     def _encode(self, captions: list[str], device: torch.device) -> Conditions:
-        """Encodes captions, on `device`."""
+        """Encodes captions on `device`; `encode_captions` has checked them."""
 
     def _encode_pixels(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Encodes and normalises valid pixels; for VAEs that need more than a shift and a scale, override it."""
+        """Encodes checked pixels to normalised latents; overridden for VAEs that need more than shift and scale."""
         vae = self.pipeline.vae
         return normalised(vae_latents(vae, pixels, generator), vae.config)
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
-        """Undoes `_encode_pixels`; float32 in and out."""
+        """Decodes normalised float32 latents to float32 pixels; the inverse of `_encode_pixels`."""
         vae = self.pipeline.vae
         return vae_pixels(vae, denormalised(latents, vae.config))
 
     def _shift(self, sequence_length: int, num_inference_steps: int) -> float:
-        """Returns the `mu` of schedulers that shift by the number of image tokens."""
+        """Returns the argument `mu` of schedulers that shift noise levels by the number of image tokens."""
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         config = self.pipeline.scheduler.config
         return calculate_shift(sequence_length, *(config[name] for name in names))
 
     @abstractmethod
     def _denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """Calls the denoiser, (n, C, h, w) in and out.
+        """Calls the denoiser and returns its prediction, (n, C, h, w).
 
-        Latents and conditions come in its dtype and timesteps in its unit. A denoiser that predicts x0 - n is negated.
+        Args:
+            latents: (n, C, h, w) in the dtype of the denoiser.
+            timestep: (n,) on the timestep scale of the denoiser.
+            conditions: n rows of conditions in the dtype of the denoiser.
+
+        Returns:
+            The prediction of `noising.target`. Subclasses negate the output of denoisers that predict x0 - n.
         """
 
     def _check_present(self, names: Sequence[str], purpose: str) -> None:
@@ -277,7 +303,7 @@ class Conditioner(ABC):
         if missing:
             raise ValueError(
                 f"{purpose} needs {', '.join(missing)}, but this {type(self.pipeline).__name__} has none; load the "
-                "pipeline with it, or take from a cache what it would make"
+                "pipeline with it, or use cached outputs"
             )
 
     def _check_call(self, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> None:

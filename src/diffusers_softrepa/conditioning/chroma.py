@@ -1,7 +1,8 @@
-"""Chroma: up to 512 T5 tokens with a mask that keeps one padding token, latents packed 2 x 2 into rows.
+"""The conditioner of Chroma: up to 512 T5 tokens, and latents packed as rows of 2 x 2 patches.
 
-The timestep is 0..1. The mask covers text and image, and is passed as the numbers 0 and 1, as in sampling. Under
-gradient checkpointing the denoiser's single blocks do not get it, so there it cannot be trained.
+The timestep is in 0..1. The text mask keeps one padding token. The attention mask covers text and image and holds the
+numbers 0 and 1, as in sampling. Under gradient checkpointing the single blocks do not get the mask, so Chroma cannot
+be trained with gradient checkpointing.
 """
 
 from typing import Any
@@ -14,10 +15,12 @@ from .layouts import PATCH, PackedConditioner
 
 
 class ChromaConditioner(PackedConditioner):
-    """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1, floating.
+    """Conditioner of `ChromaPipeline`.
+
+    Its conditions are `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1, floating.
 
     Attributes:
-        max_sequence_length: T5 tokens per caption; clipped to the tokenizer's limit.
+        max_sequence_length: Number of T5 tokens per caption, at most the limit of the tokenizer.
     """
 
     family = "chroma"

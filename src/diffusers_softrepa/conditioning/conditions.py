@@ -1,4 +1,4 @@
-"""Conditions: what a denoiser reads of captions, as tensors by name, each with one row per caption."""
+"""Conditions: encoded captions, as tensors by name with one row per caption."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,24 +9,33 @@ Conditions = dict[str, Tensor]
 
 
 def take(conditions: Mapping[str, Tensor], index: Tensor) -> Conditions:
-    """Returns the rows `index`, (n,) int64, on the conditions' own device; a row may be taken more than once."""
+    """Returns selected rows of conditions, on the device of the conditions.
+
+    Args:
+        conditions: Tensors by name, with one row per caption.
+        index: (n,) int64. Rows to select; a row may be selected more than once.
+    """
     return {name: value[index.to(value.device)] for name, value in conditions.items()}
 
 
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> Conditions:
-    """Returns the rows of all parts, one after the other; the parts come from one kind of conditioner."""
+    """Returns the rows of several conditions in one.
+
+    Args:
+        parts: Conditions of conditioners of the same class, with the same settings.
+    """
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def padded(texts: Sequence[Tensor], length: int) -> Conditions:
-    """Returns texts of different lengths as rows of one.
+    """Returns texts of different lengths, padded with zeros to one length.
 
     Args:
-        texts: (S_i, D) each; what is longer than `length` is cut.
-        length: S.
+        texts: Embeddings (S_i, D) of each text. Texts longer than `length` are cut.
+        length: Length S of the result.
 
     Returns:
-        `prompt_embeds` (n, S, D), zero behind each text, and `prompt_mask` (n, S) bool, True where there is text.
+        `prompt_embeds` (n, S, D), and `prompt_mask` (n, S) bool, True for rows of text and False for padding.
     """
     texts = [text[:length] for text in texts]
     prompt_embeds = texts[0].new_zeros(len(texts), length, texts[0].shape[1])
@@ -38,5 +47,5 @@ def padded(texts: Sequence[Tensor], length: int) -> Conditions:
 
 
 def unpadded(prompt_embeds: Tensor, prompt_mask: Tensor) -> list[Tensor]:
-    """Returns the texts (S_i, D) that `padded` made rows of."""
+    """Returns the texts, (S_i, D) each, without their padding; the inverse of `padded`."""
     return [text[mask] for text, mask in zip(prompt_embeds, prompt_mask, strict=True)]

@@ -1,7 +1,7 @@
-"""FLUX.1: up to 512 T5 tokens without a mask, pooled CLIP text, and latents packed 2 x 2 into rows.
+"""The conditioner of FLUX.1: up to 512 T5 tokens without a mask, pooled CLIP text, and packed latents.
 
-The timestep is 0..1. Guidance-distilled models (dev) are told a guidance scale, 3.5 in sampling; the others (schnell,
-whose recipe has 256 text tokens) are told none.
+The timestep is in 0..1. Guidance-distilled models (dev) get a guidance scale, 3.5 in sampling. Other models (schnell,
+which samples with 256 text tokens) get none. Latents are packed as rows of 2 x 2 patches.
 """
 
 from typing import Any
@@ -14,11 +14,13 @@ from .layouts import PATCH, PackedConditioner
 
 
 class FluxConditioner(PackedConditioner):
-    """Conditions: `prompt_embeds` (n, T5 tokens, D), `pooled_prompt_embeds` (n, P).
+    """Conditioner of `FluxPipeline`.
+
+    Its conditions are `prompt_embeds` (n, T5 tokens, D), `pooled_prompt_embeds` (n, P).
 
     Attributes:
-        max_sequence_length: T5 tokens per caption; clipped to the tokenizer's limit.
-        guidance_scale: What a guidance-distilled denoiser is told; others ignore it.
+        max_sequence_length: Number of T5 tokens per caption, at most the limit of the tokenizer.
+        guidance_scale: Guidance scale that is passed to guidance-distilled denoisers. Others ignore it.
     """
 
     family = "flux"

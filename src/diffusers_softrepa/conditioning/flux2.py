@@ -1,8 +1,8 @@
-"""FLUX.2, dev and klein: 512 tokens of a language model without a mask, latents packed 2 x 2 into rows.
+"""The conditioner of FLUX.2 dev and klein: 512 language-model tokens without a mask, and packed latents.
 
-The VAE has no scale of its own: what it makes is put together 2 x 2 into 4C channels and standardised by the running
-statistics of its batch norm. The timestep is 0..1. Guidance-distilled models (dev) are told a guidance scale, 4 in
-sampling; the others (klein) are told none.
+The VAE has no scaling factor. Its latents are arranged as 2 x 2 patches of 4C channels and normalised by the running
+statistics of its batch norm. The timestep is in 0..1. Guidance-distilled models (dev) get a guidance scale, 4 in
+sampling. Other models (klein) get none.
 """
 
 from typing import Any
@@ -17,11 +17,13 @@ from .layouts import PackedConditioner
 
 
 class Flux2Conditioner(PackedConditioner):
-    """Conditions: `prompt_embeds` (n, tokens, D).
+    """Conditioner of `Flux2Pipeline` and `Flux2KleinPipeline`.
+
+    Its conditions are `prompt_embeds` (n, tokens, D).
 
     Attributes:
-        max_sequence_length: Text tokens per caption, the chat template's among them.
-        guidance_scale: What a guidance-distilled denoiser is told; others ignore it.
+        max_sequence_length: Number of text tokens per caption, including those of the chat template.
+        guidance_scale: Guidance scale that is passed to guidance-distilled denoisers. Others ignore it.
     """
 
     family = "flux2"

@@ -1,4 +1,4 @@
-"""From images to latents: what a VAE makes of pixels, and the shift and scale that denoisers learned on."""
+"""Encoding and decoding with the VAE of a pipeline, and the normalisation of latents."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +12,12 @@ from ..compat import get_module_execution_device
 
 
 def vae_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Encodes pixels, (n, 3, H, W) in [-1, 1]: a sample of the posterior, or its mode if no generator is given.
+    """Returns the latents of images before normalisation, (n, C, h, w) float32.
 
-    Returns:
-        Latents as the VAE makes them, (n, C, h, w) float32.
+    Args:
+        vae: The VAE.
+        pixels: (n, 3, H, W) floating in [-1, 1].
+        generator: Random generator for a sample of the posterior. None for the mode of the posterior.
     """
     with _float32_where_needed(vae):
         encoded = vae.encode(pixels.to(get_module_execution_device(vae), vae.dtype))
@@ -23,13 +25,18 @@ def vae_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> 
 
 
 def vae_pixels(vae: Any, latents: Tensor) -> Tensor:
-    """Decodes latents as the VAE makes them, (n, C, h, w), on its device: pixels (n, 3, H, W) float32."""
+    """Returns the pixels of latents, (n, 3, H, W) float32.
+
+    Args:
+        vae: The VAE.
+        latents: (n, C, h, w) before normalisation, on the device of the VAE.
+    """
     with _float32_where_needed(vae):
         return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
 
 
 def normalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Shifts and scales latents, (n, C, h, w), by the numbers in the VAE's config: what decoding undoes."""
+    """Returns latents, (n, C, h, w), shifted and scaled as the config of the VAE says."""
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         return (latents - shift) * scale
@@ -39,7 +46,7 @@ def normalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def denormalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Undoes `normalised`."""
+    """Returns latents, (n, C, h, w), before normalisation; the inverse of `normalised`."""
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         return latents / scale + shift
@@ -50,7 +57,7 @@ def denormalised(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _float32_where_needed(vae: Any) -> Iterator[None]:
-    """Runs a VAE in float32 for a while if its config says that it overflows in float16, as SDXL's does."""
+    """Context manager that runs a float16 VAE in float32 if it overflows in float16, as SDXL's does."""
     needed = vae.dtype == torch.float16 and vae.config.get("force_upcast")
     if needed:
         vae.to(torch.float32)

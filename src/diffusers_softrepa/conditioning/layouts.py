@@ -1,4 +1,4 @@
-"""The two ways in which transformers take latents: cut into patches by themselves, or packed by their pipeline."""
+"""Base classes for the two layouts of latents: patches cut by the transformer, or rows packed by the pipeline."""
 
 from abc import ABC
 from functools import cached_property
@@ -9,7 +9,7 @@ PATCH = 2
 
 
 class PatchingConditioner(Conditioner, ABC):
-    """Of a transformer that reads latents (n, C, h, w) and cuts them into patches of its config's size."""
+    """Conditioner of a transformer that reads latents (n, C, h, w) and cuts them into patches itself."""
 
     @cached_property
     def latent_channels(self) -> int:
@@ -21,7 +21,7 @@ class PatchingConditioner(Conditioner, ABC):
 
 
 class PackedConditioner(Conditioner, ABC):
-    """Of a transformer that reads rows (n, h w / 4, 4C), which its pipeline packs 2 x 2 from latents."""
+    """Conditioner of a transformer that reads latents as rows (n, h w / 4, 4C), packed from 2 x 2 patches."""
 
     @cached_property
     def latent_channels(self) -> int:

@@ -1,6 +1,6 @@
-"""PixArt-alpha and PixArt-Sigma: T5 tokens with a mask, 120 and 300, read through cross-attention.
+"""The conditioners of PixArt-alpha (120 T5 tokens with a mask) and PixArt-Sigma (300).
 
-Behind the noise they predict a variance, which sampling throws away. PixArt-alpha at 1024 px is told the size of the
+The denoiser predicts noise and a variance, which sampling discards. PixArt-alpha at 1024 px also gets the size of the
 image in pixels and its height / width.
 """
 
@@ -16,10 +16,12 @@ from .layouts import PatchingConditioner
 
 
 class _PixArtConditioner(PatchingConditioner, ABC):
-    """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
+    """Base class of the PixArt conditioners.
+
+    Its conditions are `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
 
     Attributes:
-        max_sequence_length: T5 tokens per caption; clipped to the tokenizer's limit.
+        max_sequence_length: Number of T5 tokens per caption, at most the limit of the tokenizer.
     """
 
     family = "pixart"
@@ -37,7 +39,8 @@ class _PixArtConditioner(PatchingConditioner, ABC):
             captions,
             do_classifier_free_guidance=False,
             device=device,
-            clean_caption=is_bs4_available() and is_ftfy_available(),  # sampling asks for it, and goes without
+            clean_caption=is_bs4_available()
+            and is_ftfy_available(),  # sampling sets it, and does without if these are missing
             max_sequence_length=min(self.max_sequence_length, self.pipeline.tokenizer.model_max_length),
         )
         return {"prompt_embeds": prompt_embeds, "prompt_mask": prompt_mask}
@@ -65,7 +68,7 @@ class _PixArtConditioner(PatchingConditioner, ABC):
 
 
 class PixArtAlphaConditioner(_PixArtConditioner):
-    """PixArt-alpha."""
+    """Conditioner of `PixArtAlphaPipeline`, with 120 text tokens by default."""
 
     pipelines = ("PixArtAlphaPipeline",)
 
@@ -74,7 +77,7 @@ class PixArtAlphaConditioner(_PixArtConditioner):
 
 
 class PixArtSigmaConditioner(_PixArtConditioner):
-    """PixArt-Sigma."""
+    """Conditioner of `PixArtSigmaPipeline`, with 300 text tokens by default."""
 
     pipelines = ("PixArtSigmaPipeline",)
 

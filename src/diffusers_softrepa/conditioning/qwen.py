@@ -1,8 +1,8 @@
-"""Qwen-Image: up to 512 tokens of a vision language model with a mask, latents packed 2 x 2 into rows.
+"""The conditioner of Qwen-Image: up to 512 tokens of a vision language model with a mask, and packed latents.
 
-The VAE is one of videos: an image is a video of one frame. The timestep is 0..1. Text is padded to one length, so that
-rows of different captions fit together, and cut to the longest of a call, so that the denoiser reads what it reads in
-sampling.
+The VAE encodes videos; an image is a video of one frame. The timestep is in 0..1. Captions are padded to one length,
+so that rows of different calls can be concatenated. Each denoiser call cuts them to the longest caption of the call,
+as in sampling.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,12 @@ from .layouts import PATCH, PackedConditioner
 
 
 class QwenImageConditioner(PackedConditioner):
-    """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) bool.
+    """Conditioner of `QwenImagePipeline`.
+
+    Its conditions are `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) bool.
 
     Attributes:
-        max_sequence_length: Text tokens per caption; clipped to the pipeline's limit.
+        max_sequence_length: Number of text tokens per caption, at most the limit of the pipeline.
     """
 
     family = "qwen-image"

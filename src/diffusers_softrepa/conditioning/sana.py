@@ -1,7 +1,7 @@
-"""Sana: 300 Gemma tokens with a mask, read through cross-attention; latents of a deep-compression autoencoder.
+"""The conditioner of Sana: 300 Gemma tokens with a mask, and latents of a deep-compression autoencoder.
 
-Captions are encoded behind the instruction that the pipeline puts before prompts in sampling. The autoencoder is
-deterministic: it makes no posterior to draw from.
+Captions are encoded after the instruction that the pipeline puts before prompts in sampling. The autoencoder is
+deterministic, so it has no posterior to sample from.
 """
 
 import inspect
@@ -18,10 +18,12 @@ from .layouts import PatchingConditioner
 
 
 class SanaConditioner(PatchingConditioner):
-    """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
+    """Conditioner of `SanaPipeline`.
+
+    Its conditions are `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) of 0 and 1.
 
     Attributes:
-        max_sequence_length: Text tokens per caption, without the instruction.
+        max_sequence_length: Number of text tokens per caption, without those of the instruction.
     """
 
     family = "sana"
@@ -32,8 +34,8 @@ class SanaConditioner(PatchingConditioner):
         super().__init__(pipeline)
         if pipeline.transformer.config.guidance_embeds:
             raise ValueError(
-                "training needs a Sana that flow matching trained, but this one has guidance_embeds: it is distilled "
-                "for few steps (Sana-Sprint); train on the model it was distilled from"
+                "training needs a Sana model trained with flow matching, but this one has guidance_embeds: it is "
+                "distilled for few steps (Sana-Sprint); train on the model it was distilled from"
             )
         self.max_sequence_length = max_sequence_length
 
@@ -41,7 +43,11 @@ class SanaConditioner(PatchingConditioner):
         return super().sampling(guidance_scale) | {"use_resolution_binning": False}
 
     def encode_negative_prompts(self, prompts: Sequence[str] | None = None) -> Conditions:
-        """Without the instruction, which belongs to prompts alone."""
+        """Encodes negative prompts without the instruction, as sampling does.
+
+        Args:
+            prompts: At least one negative prompt. Defaults to the empty prompt.
+        """
         prompts = [""] if prompts is None else list(prompts)
         self._check_present(self.text_components, "encoding prompts")
         with torch.no_grad():
@@ -77,4 +83,4 @@ class SanaConditioner(PatchingConditioner):
             timestep=timestep,
             return_dict=False,
         )[0]
-        return prediction[:, : latents.shape[1]]  # behind it a model may have a learned variance
+        return prediction[:, : latents.shape[1]]  # further channels are a learned variance

@@ -1,8 +1,8 @@
-"""Stable Diffusion 3 and 3.5: 77 tokens of two CLIPs and, behind them, up to 512 of T5, without a mask.
+"""The conditioner of Stable Diffusion 3 and 3.5: 77 tokens of two CLIPs, then up to 512 of T5, without a mask.
 
-A pipeline without its T5 reads zeros in that place, as in sampling.
+If the pipeline has no T5 encoder, the T5 tokens are zeros, as in sampling.
 
-Source: SoftREPA, arXiv 2503.08250: 512 T5 tokens, where diffusers samples with 256 unless told otherwise.
+Source: SoftREPA, arXiv 2503.08250, trains with 512 T5 tokens. diffusers samples with 256 by default.
 """
 
 from typing import Any
@@ -15,10 +15,12 @@ from .layouts import PatchingConditioner
 
 
 class StableDiffusion3Conditioner(PatchingConditioner):
-    """Conditions: `prompt_embeds` (n, 77 + T5 tokens, D), `pooled_prompt_embeds` (n, P).
+    """Conditioner of `StableDiffusion3Pipeline`.
+
+    Its conditions are `prompt_embeds` (n, 77 + T5 tokens, D), `pooled_prompt_embeds` (n, P).
 
     Attributes:
-        max_sequence_length: T5 tokens per caption; clipped to the tokenizer's limit.
+        max_sequence_length: Number of T5 tokens per caption, at most the limit of the tokenizer.
     """
 
     family = "sd3"

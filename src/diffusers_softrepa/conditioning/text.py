@@ -1,4 +1,4 @@
-"""What the blocks of a denoiser read of a text: what tokens with `init="text"` start from."""
+"""The text stream of a text, from which adapters with `init="text"` start."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ from .base import Conditioner
 
 @torch.no_grad()
 def text_stream(conditioner: Conditioner, text: str) -> Tensor:
-    """Returns the text stream that the first block that reads text gets for a text.
+    """Returns the text stream that the first text-reading block of a denoiser gets for a text.
 
-    It is what `add_softrepa(pipe, config, text_embeddings=...)` takes where the config says `init="text"`:
+    The result is the argument `text_embeddings` of `add_softrepa` for configurations with `init="text"`:
 
-        text_stream(conditioner_of(pipe), "a photo of exactly what was asked for")
+        text_embeddings = text_stream(conditioner_of(pipe), "a photo of exactly what was asked for")
 
     Args:
-        conditioner: Of the pipeline whose denoiser is to read the text, from `conditioner_of`.
+        conditioner: Conditioner of the pipeline, from `conditioner_of`.
         text: The text.
 
     Returns:
-        The rows behind the denoiser's own text projection, (S, D) float32 on the denoiser's device.
+        The text rows after the text projection of the denoiser, (S, D) float32 on the device of the denoiser.
     """
     denoiser: torch.nn.Module = conditioner.denoiser
     read: list[Tensor] = []

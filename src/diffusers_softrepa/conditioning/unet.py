@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x, 2.x and XL: text through cross-attention, 77 CLIP tokens without a mask.
+"""The conditioners of Stable Diffusion 1.x, 2.x and XL: 77 CLIP tokens without a mask.
 
 SDXL also reads the pooled text of its second encoder, and six time ids: original size, crop corner and target size in
-pixels. Training images are taken for whole ones, as in sampling: both sizes (H, W), corner (0, 0).
+pixels. Training images count as uncropped, as in sampling: both sizes are (H, W), and the corner is (0, 0).
 """
 
 from abc import ABC
@@ -17,7 +17,7 @@ from .conditions import Conditions
 
 
 class _UNetConditioner(Conditioner, ABC):
-    """What all UNets share."""
+    """Base class of the UNet conditioners."""
 
     family = "unet"
 
@@ -39,7 +39,7 @@ class _UNetConditioner(Conditioner, ABC):
 
 
 class StableDiffusionConditioner(_UNetConditioner):
-    """SD1.x and SD2.x. Conditions: `prompt_embeds` (n, 77, D)."""
+    """Conditioner of `StableDiffusionPipeline`. Its conditions are `prompt_embeds` (n, 77, D)."""
 
     pipelines = ("StableDiffusionPipeline",)
     text_components = ("tokenizer", "text_encoder")
@@ -55,7 +55,10 @@ class StableDiffusionConditioner(_UNetConditioner):
 
 
 class StableDiffusionXLConditioner(_UNetConditioner):
-    """SDXL. Conditions: `prompt_embeds` (n, 77, D), `pooled_prompt_embeds` (n, P)."""
+    """Conditioner of `StableDiffusionXLPipeline`.
+
+    Its conditions are `prompt_embeds` (n, 77, D) and `pooled_prompt_embeds` (n, P).
+    """
 
     pipelines = ("StableDiffusionXLPipeline",)
     text_components = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")

@@ -1,7 +1,7 @@
-"""Z-Image: up to 512 tokens of a language model, each caption at its own length.
+"""The conditioner of Z-Image: up to 512 language-model tokens; the denoiser reads each caption without padding.
 
-Its clock runs backwards, 0 for noise and 1 for the image, and it predicts x0 - n. It takes lists of images and texts
-and aligns them itself.
+The timestep runs from 0 (noise) to 1 (image), and the denoiser predicts x0 - n. The denoiser takes lists of images and
+texts and pads them itself.
 """
 
 from typing import Any
@@ -16,10 +16,12 @@ _PATCH = 2
 
 
 class ZImageConditioner(Conditioner):
-    """Conditions: `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) bool.
+    """Conditioner of `ZImagePipeline`.
+
+    Its conditions are `prompt_embeds` (n, tokens, D), `prompt_mask` (n, tokens) bool.
 
     Attributes:
-        max_sequence_length: Most text tokens per caption, the chat template's among them.
+        max_sequence_length: Largest number of text tokens per caption, including those of the chat template.
     """
 
     family = "z-image"

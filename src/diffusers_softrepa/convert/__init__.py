@@ -1,9 +1,9 @@
-"""Foreign formats, in and out; the only room that spells their names, and no other room imports it.
+"""Conversion of soft tokens from and to the formats of other projects.
 
-- `reference`: the authors' published `.pth` files, in, without running any pickle code.
-- `anima`: the soft-token file that ComfyUI's Anima node reads, in and out.
+- `reference`: reads the `.pth` files of the SoftREPA authors, without running pickle code.
+- `anima`: reads and writes the soft-token file of ComfyUI's Anima node.
 
-On the command line: `python -m diffusers_softrepa.convert --help`.
+The command is `softrepa convert` or `python -m diffusers_softrepa.convert`.
 """
 
 from .anima import export_anima, import_anima, read_anima, write_anima

@@ -1,4 +1,4 @@
-"""`python -m diffusers_softrepa.convert`."""
+"""Entry point of `python -m diffusers_softrepa.convert`."""
 
 from .command import main
 

@@ -1,20 +1,21 @@
-"""The soft-token file that ComfyUI's Anima node reads, in and out.
+"""Reads and writes the soft-token file of ComfyUI's Anima node.
 
-One safetensors file. With L layers, K tokens, width D, B bins and, where there are several, N banks:
+It is a safetensors file. With L layers, K tokens, width D, B bins and N banks it contains:
 
-- `tokens`: `(L, K, D)`, or `(N, L, K, D)`, of which the node uses bank 0;
-- `t_offsets.weight`: `(B, N*L*D)`, bank by bank and in each bank layer by layer. Always there: an adapter without
-  bins has one row of zeros;
-- metadata, all strings: `ss_splice_position` says which slots of the context the tokens take, the rest informs.
+- `tokens`: `(L, K, D)`, or `(N, L, K, D)` for several banks, of which the node uses bank 0;
+- `t_offsets.weight`: `(B, N*L*D)`, ordered by bank and then by layer. An adapter without bins has one row of zeros;
+- metadata, all strings: `ss_splice_position` says which rows of the context the tokens replace. Other entries are for
+  information.
 
 The layers are the first L blocks of a Cosmos denoiser whose timestep is the noise level sigma in 0..1, and
-`t_offsets[floor(sigma * B)]` is added to the tokens. All of that is an adapter's own arithmetic, so numbers go over
-as they are. Two things differ in use:
+`t_offsets[floor(sigma * B)]` is added to the tokens. An adapter computes the same, so values are converted unchanged.
+There are two differences in use:
 
-- The node overwrites K rows of a context that is padded with zeros, to 512 rows, where an adapter adds K rows. Rows
-  of zeros have no position, so the two are equal when the context that the denoiser gets is K rows shorter and the
-  blocks after the first L get K rows of zeros back: import with `num_blocks`.
-- The node's strength scales the tokens, where an adapter's weight mixes what a block returns. They are equal at 0, 1.
+- The node overwrites K rows of a context that is padded with zeros to 512 rows, whereas an adapter adds K rows. Rows
+  of zeros have no position. The results are equal if the context of the denoiser is K rows shorter and the blocks
+  after the first L get K rows of zeros; `num_blocks` of `import_anima` adds these.
+- The strength of the node scales the tokens, whereas the weight of an adapter interpolates the outputs of blocks. They
+  are equal at 0 and 1.
 
 Source: the file format of anima_lora's `AnimaSoftTokensLoader`, as its node reads it.
 """
@@ -44,10 +45,13 @@ _METHOD = {"ss_network_module": "networks.methods.soft_tokens", "ss_network_spec
 
 
 def read_anima(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a file of the Anima node, as they are.
+    """Reads the tensors and the metadata of a file of the Anima node.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        ValueError: It is no safetensors file.
+        ValueError: The file is not a complete safetensors file.
         OSError: There is no such file.
     """
     if not Path(path).is_file():
@@ -66,20 +70,21 @@ def read_anima(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
 def import_anima(
     tensors: Mapping[str, Tensor], *, num_blocks: int | None = None, base_model: str | None = None
 ) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
-    """Returns an adapter with the numbers of a file of the Anima node.
+    """Converts the tensors of a file of the Anima node to an adapter.
 
     Args:
-        tensors: `tokens` (L, K, D) or (N, L, K, D), and `t_offsets.weight` (B, N*L*D); further ones are left out, as
-            the node leaves them out. One row of zeros is no bins.
-        num_blocks: Of the denoiser, to draw with exactly the node's numbers on a context that is K rows shorter: the
-            adapter then has as many layers, those that the file does not have being rows of zeros.
-        base_model: Hub id of the pipeline that the adapter was trained for.
+        tensors: `tokens` (L, K, D) or (N, L, K, D), and `t_offsets.weight` (B, N*L*D), floating. Other tensors are
+            ignored, as the node ignores them. One row of zeros means no timestep bins.
+        num_blocks: Number of blocks of the denoiser. If given, the adapter has tokens of zeros for the blocks that
+            have none in the file, which gives exactly the predictions of the node on a context that is K rows shorter.
+            Defaults to None: only the layers in the file.
+        base_model: Hub id of the pipeline for which the adapter was trained. Defaults to None: unknown.
 
     Returns:
-        The config, of family `"cosmos"`, and its tensors, float32.
+        The configuration, of family `"cosmos"`, and the tensors, float32.
 
     Raises:
-        ValueError: A tensor is missing, does not have these shapes, or holds NaN or Inf.
+        ValueError: A tensor is missing, has another shape, or contains NaN or Inf.
     """
     if _TOKENS not in tensors or _TABLE not in tensors:
         raise ValueError(
@@ -132,17 +137,17 @@ def export_anima(
     dtype: torch.dtype = torch.float32,
     splice_position: SplicePosition = "end_of_sequence",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a file of the Anima node; the inverse of `import_anima`.
+    """Converts an adapter to the tensors and metadata of a file of the Anima node; the inverse of `import_anima`.
 
-    Layers of zeros at the end are left out: to the node they are the padding that is there already.
+    Layers of zeros at the end are left out, because they equal the padding that the node has anyway.
 
     Args:
-        config: Of an adapter for Anima: family `"cosmos"`, trained on a denoiser whose timestep is sigma in 0..1, as
-            all are but those of Cosmos 1.
-        tensors: `tokens` and, with bins, `timestep_tokens`.
-        dtype: Of the numbers in the file; the node computes in float32.
-        splice_position: Which rows of the padded context the node overwrites with the tokens: its last ones, or those
-            right behind the text.
+        config: Configuration of an adapter for Anima: of family `"cosmos"`, trained on a denoiser whose timestep is
+            sigma in 0..1, as for all Cosmos models except Cosmos 1.
+        tensors: `tokens` and, if there are bins, `timestep_tokens`.
+        dtype: Dtype of the tensors in the file. Defaults to float32, in which the node computes.
+        splice_position: Which rows of the padded context the node overwrites with the tokens: its last rows
+            (`"end_of_sequence"`), or the rows right after the text (`"front_of_padding"`). Defaults to the last rows.
 
     Raises:
         ValueError: The adapter is of another family, or its tensors do not fit its config.
@@ -179,7 +184,12 @@ def export_anima(
 
 
 def write_anima(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes what `export_anima` returned; the file goes into ComfyUI's `models/loras`.
+    """Writes a file of the Anima node, which belongs in ComfyUI's folder `models/loras`.
+
+    Args:
+        path: Path of the file, which must end in `.safetensors`.
+        tensors: Tensors that `export_anima` returned.
+        metadata: Metadata that `export_anima` returned.
 
     Raises:
         ValueError: The name does not end in `.safetensors`.

@@ -1,13 +1,13 @@
-"""The authors' published files, read without running any pickle code, and rewritten as ours.
+"""Reads the published files of the SoftREPA authors, without running pickle code, and converts them to adapters.
 
-    python -m diffusers_softrepa.convert FOLDER_OR_HUB_ID OUTPUT_FOLDER --family sd3
+    softrepa convert FOLDER_OR_HUB_ID OUTPUT_FOLDER --family sd3
 
 The authors publish a folder per model with two pickles, both saved from a GPU:
 
 - `dc_tokens.pth`, a Parameter: `(L, K, D)` for SD3, `(K, D)` for SD1.5 and SDXL, whose stages share one layer;
-- `dc_t_tokens.pth`, a whole torch Embedding with one row per timestep bin, `(B, L*D)`; absent without bins.
+- `dc_t_tokens.pth`, a torch Embedding module with one row per timestep bin, `(B, L*D)`; missing if there are no bins.
 
-They become `tokens` (L, K, D) and `timestep_tokens` (B, L, D), number by number.
+They are converted to `tokens` (L, K, D) and `timestep_tokens` (B, L, D) with unchanged values.
 
 Source: SoftREPA, arXiv 2503.08250, and its published SD3, SD1.5 and SDXL files.
 """
@@ -33,28 +33,27 @@ from ..quoting import one_line
 TOKENS_FILE = "dc_tokens.pth"
 TIMESTEP_TOKENS_FILE = "dc_t_tokens.pth"
 
-# Which stages the published UNet tokens were trained for; the width of the text tells the models apart.
+# Stages for which the published UNet tokens were trained, by width of the text, which differs between the models.
 _PUBLISHED_STAGES = {768: ("down",), 2048: ("down", "mid")}
 
 
 class _Embedding:
-    """A record that stands for torch's Embedding while its pickle is read, so that not even torch's code runs."""
+    """Stand-in for torch's Embedding while its pickle is read, so that no code of the real class runs."""
 
 
 def read_reference(source: str | os.PathLike[str], options: HubOptions | None = None) -> tuple[Tensor, Tensor | None]:
     """Reads the authors' files of one model.
 
     Args:
-        source: A folder, or a Hub repository id or its address.
-        options: Subfolder and, on the Hub, revision, token and cache; the files' names are the authors'.
+        source: A local folder, or a Hub repository id or URL.
+        options: Subfolder and, on the Hub, revision, token and cache. Defaults to the root of the main branch.
 
     Returns:
-        The tokens and the table of timestep tokens as they are in the files, on the CPU; the table is None where
-        there is none.
+        The tokens, and the table of timestep tokens or None if there is no such file; as stored, on the CPU.
 
     Raises:
-        ValueError: A file is damaged, or holds anything but numbers: reading it would have to run its code.
-        OSError: There is no such folder, repository or file, or the Hub is out of reach.
+        ValueError: A file is damaged, or holds anything other than tensors.
+        OSError: There is no such folder, repository or file, or the Hub cannot be reached.
     """
     source, options = located(os.fspath(source), options or HubOptions())
     folder = Path(source)
@@ -78,7 +77,7 @@ def _may_be_repository(source: str) -> bool:
 
 
 def _fetched_table(repo_id: str, options: HubOptions) -> Path | None:
-    """Returns the file of timestep tokens of a Hub repository; None if it is known to have none."""
+    """Returns the file of timestep tokens of a Hub repository, or None if the repository has no such file."""
     try:
         return fetch(repo_id, TIMESTEP_TOKENS_FILE, options)
     except OSError as error:
@@ -89,7 +88,7 @@ def _fetched_table(repo_id: str, options: HubOptions) -> Path | None:
         cached = try_to_load_from_cache(repo_id, name, cache_dir=cache, revision=options.revision)
         if cached is None or isinstance(cached, str):
             raise
-        return None  # offline, and the cache remembers that the repository has no such file
+        return None  # offline, and the cache knows that the repository has no such file
 
 
 def convert_reference(
@@ -100,21 +99,22 @@ def convert_reference(
     stages: Sequence[str] | None = None,
     base_model: str | None = None,
 ) -> tuple[SoftREPAConfig, dict[str, Tensor]]:
-    """Returns an adapter with the authors' numbers.
+    """Converts the authors' tensors to an adapter.
 
     Args:
-        tokens: `(L, K, D)` for family `"sd3"`, `(K, D)` for family `"unet"`.
-        timestep_tokens: `(B, L*D)`, or None for an adapter without bins.
+        tokens: `(L, K, D)` floating for family `"sd3"`, `(K, D)` for family `"unet"`.
+        timestep_tokens: `(B, L*D)` floating. Defaults to None: the adapter has no timestep bins.
         family: `"sd3"`, or `"unet"` for SD1.5 and SDXL.
-        stages: For UNets, the stages that see the tokens; the published ones for 768 (SD1.5: down) and 2048 (SDXL:
-            down, mid) wide text unless given.
-        base_model: Hub id of the pipeline that the adapter was trained for.
+        stages: For UNets, the stages that read the tokens. Defaults to the published ones: down for SD1.5 (width 768),
+            down and mid for SDXL (width 2048).
+        base_model: Hub id of the pipeline for which the adapter was trained. Defaults to None: unknown.
 
     Returns:
-        The config and its tensors, float32: `tokens` (L, K, D) and, with bins, `timestep_tokens` (B, L, D).
+        The configuration and the tensors, float32: `tokens` (L, K, D) and, if there are bins, `timestep_tokens`
+        (B, L, D).
 
     Raises:
-        ValueError: The tensors do not have these shapes or hold NaN or Inf, or the stages do not fit the family.
+        ValueError: The tensors have other shapes or contain NaN or Inf, or the stages do not fit the family.
     """
     layered = _layered(tokens, family)
     num_layers, num_tokens, width = layered.shape
@@ -135,7 +135,7 @@ def convert_reference(
 
 
 def _layered(tokens: Tensor, family: str) -> Tensor:
-    """Returns the tokens with their layer axis: (L, K, D)."""
+    """Returns the tokens with a layer dimension, (L, K, D)."""
     if family not in (SD3.name, UNET.name):
         raise ValueError(f"the authors published adapters of the families 'sd3' and 'unet', but family is {family!r}")
     shape, ndim = ("(L, K, D)", 3) if family == SD3.name else ("(K, D)", 2)
@@ -148,7 +148,7 @@ def _layered(tokens: Tensor, family: str) -> Tensor:
 
 
 def _binned(timestep_tokens: Tensor, num_layers: int, width: int) -> Tensor:
-    """Returns the table with its layers apart: (B, L, D)."""
+    """Returns the timestep tokens with a layer dimension, (B, L, D)."""
     fits = timestep_tokens.ndim == 2 and timestep_tokens.shape[1] == num_layers * width
     if not fits or not timestep_tokens.is_floating_point():
         raise ValueError(
@@ -160,7 +160,7 @@ def _binned(timestep_tokens: Tensor, num_layers: int, width: int) -> Tensor:
 
 
 def _stages(family: str, width: int, stages: Sequence[str] | None) -> list[str] | None:
-    """Returns the stages for the config: as given, or as published."""
+    """Returns the given stages, or the published ones, or None for families with numbered layers."""
     if family == SD3.name:
         if stages is not None:
             raise ValueError(f"family 'sd3' has numbered layers, not stages; leave out stages {list(stages)}")
@@ -176,7 +176,7 @@ def _stages(family: str, width: int, stages: Sequence[str] | None) -> list[str] 
 
 
 def _read_tensor(path: Path) -> Tensor:
-    """Returns the one tensor in a pickle: a Parameter, or the weight of an Embedding."""
+    """Returns the only tensor in a pickle: a Parameter, or the weight of an Embedding."""
     content = io.BytesIO(path.read_bytes())
     allowed: list[Any] = [(_Embedding, "torch.nn.modules.sparse.Embedding")]
     try:
@@ -185,10 +185,10 @@ def _read_tensor(path: Path) -> Tensor:
     except Exception as error:  # a damaged stream makes the reader raise almost anything
         blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if blocked is None:
-            raise ValueError(f"{path} is no complete file of torch.save's usual kind; download it again") from error
+            raise ValueError(f"{path} is not a complete file as torch.save writes it; download it again") from error
         raise ValueError(
-            f"a published file holds numbers only, but {path} refers to {blocked[1]}, which runs code when read; "
-            "nothing was run: do not trust the file"
+            f"a published file contains only tensors, but {path} refers to {blocked[1]}, which would run code; "
+            "nothing was run; do not trust the file"
         ) from error
     tensor = _weight(found) if isinstance(found, _Embedding) else found
     if not isinstance(tensor, Tensor) or not _is_whole(tensor):
@@ -204,6 +204,6 @@ def _weight(embedding: _Embedding) -> Any:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether each number is in the file once: a few bytes of strides could ask for any amount of memory."""
+    """Returns whether a tensor is stored in full; with strides a small file could claim any amount of memory."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -84,8 +84,8 @@ def flow_edit(
         output_type: "pil", "pt", "np" or "latent". Defaults to "pil".
 
     Returns:
-        The edited images: a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) with values in [0, 1], or
-        latents (n, C, h, w) float32.
+        The edited images, as a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) with values in [0, 1],
+        or latents (n, C, h, w) float32.
 
     Raises:
         ValueError: The denoiser was not trained by flow matching, its family has no conditioner, the numbers of images

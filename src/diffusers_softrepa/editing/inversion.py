@@ -107,8 +107,8 @@ def regenerate(
         output_type: "pil", "pt", "np" or "latent". Defaults to "pil".
 
     Returns:
-        The images: a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) with values in [0, 1], or latents
-        (n, C, h, w) float32.
+        The images, as a list of PIL images, a tensor (n, 3, H, W) or array (n, H, W, 3) with values in [0, 1], or
+        latents (n, C, h, w) float32.
 
     Raises:
         ValueError: The denoiser's family has no conditioner, the numbers of latents and prompts do not match, or a

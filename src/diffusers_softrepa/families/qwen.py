@@ -92,8 +92,7 @@ def _timed_cache(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str | Non
         return None
     return (
         "with its cache Qwen-Image 2.1 reads the text of the first step in all steps, but these soft tokens depend on "
-        "the timestep; "
-        "call the pipeline with use_kv_cache=False, or use an adapter with num_timestep_bins=None"
+        "the timestep; call the pipeline with use_kv_cache=False, or use an adapter with num_timestep_bins=None"
     )
 
 

@@ -134,7 +134,7 @@ class TimestepArgument:
     def level(self, timestep: Tensor) -> Tensor:
         """Returns the noise level on the 0..1000 scale, (batch,) or (1,) float32.
 
-        Rounding a timestep to half precision may move it below the level that was meant, into the next bin. The
+        Rounding a timestep to half precision may move it below the level that was meant, into the bin below. The
         rounding error of the dtype is therefore added.
 
         Args:

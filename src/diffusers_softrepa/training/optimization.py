@@ -151,7 +151,9 @@ class TokenAverage:
 
     def __init__(self, parameters: Sequence[Parameter], *, decay: float = 0.0, optimizer: Any = None) -> None:
         self._parameters, self._decay, self._optimizer = list(parameters), decay, optimizer
-        self.values = [] if optimizer is not None else [parameter.detach().clone() for parameter in parameters]
+        self.values: list[Tensor] = (
+            [] if optimizer is not None else [parameter.detach().clone() for parameter in parameters]
+        )
 
     @torch.no_grad()
     def update(self) -> None:

@@ -110,8 +110,8 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
         part.requires_grad_(False).eval()
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision or "no")
     for part in (denoiser, *(models[name] for name in encoders)):
-        if half is not None or part is not denoiser:  # a pipeline draws in one precision
-            _cast(part, half or denoiser.dtype)
+        if half is not None or (part is not denoiser and not _is_offloaded(part)):
+            _cast(part, half or denoiser.dtype)  # a pipeline draws in one precision
     waiting = encoders if args.cache_text else []
     _place(pipeline, [name for name in models if name not in waiting], device)
     was_checkpointing = denoiser.is_gradient_checkpointing

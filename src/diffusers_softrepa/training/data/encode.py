@@ -58,7 +58,8 @@ class Encoder:
             "precision": args.mixed_precision,
             "max_sequence_length": args.max_sequence_length,
         }
-        self.latents = self.text = None
+        self.latents: TensorCache | None = None
+        self.text: TensorCache | None = None
         if args.dry_run:
             return
         if args.cache_latents:
