@@ -147,7 +147,7 @@ def test_a_wrong_command_line_is_a_sentence_and_exit_status_2(
     ("text", "message"),
     [
         ("max_step: 3\n", "has unknown settings: max_step; did you mean max_steps?"),
-        ("- 3\n", "must hold settings by name"),
+        ("- 3\n", "must contain settings by name"),
         ("a: [\n", "is neither YAML nor JSON"),
     ],
 )
@@ -181,7 +181,7 @@ def test_an_adapter_that_is_there_brings_its_own_shape(cli: SimpleNamespace, tmp
     assert softrepa_parameters(pipe)["tokens"].shape[1] == 2
     assert softrepa_parameters(pipe)["tokens"].requires_grad
     model.num_tokens = 3
-    with pytest.raises(ValueError, match="brings its own shape; leave out num_tokens"):
+    with pytest.raises(ValueError, match="already has its shape; leave out num_tokens"):
         cli.put_adapter(pipe, model, args)
 
 
