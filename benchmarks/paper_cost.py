@@ -68,12 +68,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """What is run for one picture.
+    """What is run for one image.
 
     Attributes:
         denoiser: One call, of one row: guidance makes it two.
         texts: The text encoders, for one prompt.
-        decoder: From latents to the picture.
+        decoder: From latents to the image.
     """
 
     denoiser: Part
@@ -89,8 +89,8 @@ class Counted:
     texts: float
     decoder: float
 
-    def picture(self, steps: int) -> float:
-        """Of a picture with guidance: two rows a step, two prompts."""
+    def image(self, steps: int) -> float:
+        """Of an image with guidance: two rows a step, two prompts."""
         return 2 * steps * self.denoiser + 2 * self.texts + self.decoder
 
     def edit(self, steps: int) -> float:
@@ -100,14 +100,14 @@ class Counted:
 
 @dataclass(frozen=True)
 class Published:
-    """Seconds for a picture that others measured: one at a time, text and decoding included, guidance taken to be on.
+    """Seconds for an image that others measured: one at a time, text and decoding included, guidance taken to be on.
 
     Attributes:
         model: One of `MODELS`.
         gpu: Where.
         software: With what.
         steps: Sampling steps.
-        seconds: For one picture, of the size that we draw.
+        seconds: For one image, of the size that we draw.
         source: Name and address.
         words: Length of T5's text; the shortest there is where the source does not say, which makes hours longer.
     """
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counted = {name: counted_of(name) for name in given.models}
     print(f"Hours are an ESTIMATE, 278 x all / (TFLOP/s), here {given.tflops:.0f}; the A100's peak is {A100:.0f}.\n")
     _print_table(
-        ["", "denoiser call", "texts", "decoding", "picture", "pictures", "all, 10^18", "hours"],
+        ["", "denoiser call", "texts", "decoding", "image", "images", "all, 10^18", "hours"],
         [_generation(name, paper.RECIPES[name], counted[name], given.tflops) for name in given.models]
         + (_editing(paper, counted["sd3"], given.tflops) if "sd3" in counted else []),
     )
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "\nOperations in 10^12. What others measured, the operations a second that this is, and our hours at that:\n"
     )
     rows = [_published(measured, paper, counted) for measured in PUBLISHED if measured.model in counted]
-    heads = ["", "GPU", "software", "steps", "s a picture", "TFLOP/s", "hours", "source"]
+    heads = ["", "GPU", "software", "steps", "s an image", "TFLOP/s", "hours", "source"]
     _print_table(heads, rows)
 
 
@@ -183,10 +183,10 @@ def reproduce_paper() -> ModuleType:
 
 
 def _generation(name: str, recipe: Any, counted: Counted, tflops: float) -> list[str]:
-    picture, pictures = counted.picture(recipe.steps), CAPTIONS * SETTINGS
+    image, images = counted.image(recipe.steps), CAPTIONS * SETTINGS
     cells = [f"{name}, {recipe.size} px, {recipe.steps} steps", f"{counted.denoiser:.2f}", f"{counted.texts:.2f}"]
-    cells += [f"{counted.decoder:.2f}", f"{picture:.0f}", f"{pictures:,}", f"{picture * pictures / 1e6:.2f}"]
-    return [*cells, f"{hours(picture * pictures, tflops):.1f}"]
+    cells += [f"{counted.decoder:.2f}", f"{image:.0f}", f"{images:,}", f"{image * images / 1e6:.2f}"]
+    return [*cells, f"{hours(image * images, tflops):.1f}"]
 
 
 def _editing(paper: ModuleType, counted: Counted, tflops: float) -> list[list[str]]:
@@ -200,8 +200,8 @@ def _editing(paper: ModuleType, counted: Counted, tflops: float) -> list[list[st
 
 
 def _published(measured: Published, paper: ModuleType, counted: dict[str, Counted]) -> list[str]:
-    achieved = counted_of(measured.model, measured.words).picture(measured.steps) / measured.seconds
-    ours = counted[measured.model].picture(paper.RECIPES[measured.model].steps) * CAPTIONS * SETTINGS
+    achieved = counted_of(measured.model, measured.words).image(measured.steps) / measured.seconds
+    ours = counted[measured.model].image(paper.RECIPES[measured.model].steps) * CAPTIONS * SETTINGS
     cells = [measured.model, measured.gpu, measured.software, str(measured.steps), f"{measured.seconds:.2f}"]
     return [*cells, f"{achieved:.0f}", f"{hours(ours, achieved):.1f}", measured.source]
 

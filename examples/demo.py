@@ -106,7 +106,7 @@ def plot_curves(log: Path, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     labels = ("loss", "bound of mutual information, nats")
     for axis, key, label in zip(axes, ("loss", "information"), labels, strict=True):
-        for prefix, name in (("", "training"), ("eval/", "held out")):
+        for prefix, name in (("", "training"), ("eval/", "evaluation")):
             points = [(entry["step"], entry[prefix + key]) for entry in entries if prefix + key in entry]
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=name, alpha=1 if prefix else 0.5)

@@ -24,7 +24,7 @@ from PIL import Image
 from shapes_world.drawing import BASE, Measured, draw, features, framed, load_base, measure, right
 from shapes_world.train_adapter import (
     BATCH,
-    HELD_OUT,
+    EVALUATED,
     HIGH_NOISE,
     IMAGES,
     RECIPE,
@@ -96,7 +96,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> None:
         train_lora(pipe, folder, steps, method.rows(seed, 0), seed)
     else:
         rows = method.rows(seed, method.recipe.get("hard", 0))
-        train_tokens(pipe, folder, steps, rows, pairs(HELD_OUT, 9), dict(method.recipe), seed=seed)
+        train_tokens(pipe, folder, steps, rows, pairs(EVALUATED, 9), dict(method.recipe), seed=seed)
 
 
 def prepared(name: str, seed: int, args: argparse.Namespace) -> Any:
@@ -283,7 +283,7 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _diagnostics(log: Path) -> dict[str, float]:
-    """Returns the last held-out figures of a training log, if there is one."""
+    """Returns the last evaluation of a training log, if there is one."""
     found: dict[str, float] = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)

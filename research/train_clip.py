@@ -26,7 +26,7 @@ from shapes_world.train_base import Run, as_input, images, scenes
 from shapes_world.world import SIZE, Ask
 
 SCENES = 30_000  # images to learn from
-HELD_OUT = 1024  # and to measure on
+EVALUATED = 1024  # and to measure on
 MAX_LOGIT_SCALE = math.log(100)
 _HALVES = {"mean": [0.5] * 3, "std": [0.5] * 3}  # pixels of 0..1 become -1..1
 
@@ -90,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
         run.optimize(loss(model, words, pixels[torch.from_numpy(rows)], [said[row] for row in rows], rng), [model])
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-    print({"held out": held_out(model.eval(), words, args)}, flush=True)
+    print({"evaluated": evaluated(model.eval(), words, args)}, flush=True)
     save(model, words, args.out / "clip")
 
 
@@ -113,11 +113,11 @@ def loss(
 
 
 @torch.no_grad()
-def held_out(model: CLIPModel, words: CLIPTokenizer, args: argparse.Namespace) -> float:
+def evaluated(model: CLIPModel, words: CLIPTokenizer, args: argparse.Namespace) -> float:
     """Returns the mean loss of batches of images it has not seen."""
-    drawn, rng = list(scenes(HELD_OUT, args.seed + 2)), np.random.default_rng(args.seed)
+    drawn, rng = list(scenes(EVALUATED, args.seed + 2)), np.random.default_rng(args.seed)
     pixels, said = images(drawn), [ask for ask, _, _ in drawn]
-    starts = range(0, HELD_OUT, args.batch_size)
+    starts = range(0, EVALUATED, args.batch_size)
     losses = [
         loss(model, words, pixels[at : at + args.batch_size], said[at : at + args.batch_size], rng) for at in starts
     ]

@@ -20,14 +20,14 @@ def cost() -> ModuleType:
     return module
 
 
-def test_the_table_has_rows_for_pictures_and_for_what_others_measured(cost, capsys):
+def test_the_table_has_rows_for_images_and_for_what_others_measured(cost, capsys):
     cost.main(["--models", "sd15", "--tflops", "100"])
     printed = capsys.readouterr().out
     (ours,) = re.findall(r"^\| sd15, 512 px, 30 steps \| (.*) \|$", printed, re.MULTILINE)
     numbers = [float(cell.replace(",", "")) for cell in ours.split(" | ")]
-    call, texts, decoding, picture, pictures, everything, hours = numbers
-    assert picture == pytest.approx(60 * call + 2 * texts + decoding, abs=1)
-    assert pictures == 10_000 and everything == pytest.approx(pictures * picture / 1e6, rel=0.02)
+    call, texts, decoding, image, images, everything, hours = numbers
+    assert image == pytest.approx(60 * call + 2 * texts + decoding, abs=1)
+    assert images == 10_000 and everything == pytest.approx(images * image / 1e6, rel=0.02)
     assert hours == pytest.approx(everything * 1e6 / 100 / 3600, abs=0.06)
     assert len(re.findall(r"^\| sd15 \| A100", printed, re.MULTILINE)) == 1
     assert "ESTIMATE" in printed and "sdxl" not in printed

@@ -137,7 +137,7 @@ def test_its_processor_makes_the_pixels_that_it_learned_from():
 @pytest.mark.slow
 def test_from_training_a_clip_to_the_tables(tmp_path: Path, monkeypatch, capsys):
     argv = ["--out", str(tmp_path / "clip"), "--steps", "2", "--scenes", "16", "--batch-size", "8"]
-    monkeypatch.setattr(train_clip, "HELD_OUT", 16)
+    monkeypatch.setattr(train_clip, "EVALUATED", 16)
     train_clip.main(argv)
     pipe = models.sd3_pipeline(models.vae(), width=64, layers=2)
     pipe.save_pretrained(tmp_path / "base")

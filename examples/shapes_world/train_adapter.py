@@ -27,7 +27,7 @@ from shapes_world.drawing import BASE, as_input, load_base
 from shapes_world.models import MAX_WORDS
 from shapes_world.world import SIZE, random_ask, random_background, render
 
-IMAGES, HELD_OUT = 2000, 64
+IMAGES, EVALUATED = 2000, 64
 STEPS, BATCH, LEARNING_RATE = 300, 8, 3e-3
 # Noise levels at which is decided what is drawn.
 HIGH_NOISE: dict[str, Any] = {"min_timestep": 400.0, "config": {"num_timestep_bins": 10}}
@@ -77,7 +77,7 @@ def train_tokens(
     folder: Path,
     steps: int,
     rows: Sequence[dict[str, Any]],
-    held_out: Sequence[dict[str, Any]],
+    eval_rows: Sequence[dict[str, Any]],
     recipe: dict[str, Any] = RECIPE,
     **changes: Any,
 ) -> None:
@@ -88,7 +88,7 @@ def train_tokens(
         folder: Where the adapter is written.
         steps: Optimizer steps.
         rows: To learn from; with `negatives` where the recipe has `hard`.
-        held_out: To measure on, after the last step unless `eval_steps` is among the changes.
+        eval_rows: To measure on, after the last step unless `eval_steps` is among the changes.
         recipe: What differs from the trainer's defaults; `config` is that of the tokens.
         changes: The same, over the recipe.
     """
@@ -97,7 +97,7 @@ def train_tokens(
     negatives = {"negative_caption_column": "negatives"} if hard else {}
     arguments = trainer_arguments(folder, steps, **negatives, **settings)
     tokens = SoftREPAConfig.for_denoiser(pipe.transformer, **config)
-    ContrastiveFlowMatchingTrainer(pipe, arguments, rows, held_out, adapter_config=tokens).train()
+    ContrastiveFlowMatchingTrainer(pipe, arguments, rows, eval_rows, adapter_config=tokens).train()
     for left in (*folder.glob("checkpoint-*"), folder / "best"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -153,8 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.lora:
         train_lora(pipe, given.out, given.steps, pairs(IMAGES, given.seed + 10), given.seed)
     else:
-        rows, held_out = pairs(IMAGES, given.seed + 10, RECIPE["hard"]), pairs(HELD_OUT, 9)
-        train_tokens(pipe, given.out, given.steps, rows, held_out, seed=given.seed)
+        rows, eval_rows = pairs(IMAGES, given.seed + 10, RECIPE["hard"]), pairs(EVALUATED, 9)
+        train_tokens(pipe, given.out, given.steps, rows, eval_rows, seed=given.seed)
 
 
 if __name__ == "__main__":
