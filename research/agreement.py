@@ -73,10 +73,10 @@ def clean(metric: CLIPScore, per_skill: int, seed: int) -> Found:
     rng, asks = np.random.default_rng(seed), prompts(per_skill, seed)
     scenes = [ask.scene(rng) for ask in asks]
     false = [false_captions(ask, things, rng) for ask, things in zip(asks, scenes, strict=True)]
-    images = _features(metric.encoder.images, [render(things, random_background(rng)) for things in scenes])
+    images = _features(metric.loaded.images, [render(things, random_background(rng)) for things in scenes])
     told = {wrong.caption for kinds in false for wrongs in kinds.values() for wrong in wrongs}
     captions = sorted(told | {ask.caption for ask in asks})
-    texts = dict(zip(captions, _features(metric.encoder.texts, captions), strict=True))
+    texts = dict(zip(captions, _features(metric.loaded.texts, captions), strict=True))
     metric.close()
     shares = {skill: {kind: [] for kind in KINDS} for skill in SKILLS}
     for ask, image, kinds in zip(asks, images, false, strict=True):

@@ -90,7 +90,7 @@ def test_a_data_set_is_read_by_column_and_split(monkeypatch: pytest.MonkeyPatch)
     (prompt,) = load_prompts("user/p", column="en", category_column="kind", split="train", limit=1)
     assert prompt == Prompt("x", "a cat", "3", {"kind": 3})
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"'user/p' is no file here; .*pip install datasets"):
+    with pytest.raises(ImportError, match=r"'user/p' is not a file; .*pip install datasets"):
         load_prompts("user/p")
 
 
@@ -109,7 +109,7 @@ def test_what_are_no_prompts_is_said(tmp_path: Path):
         load_prompts(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match="each prompt needs an id of its own, but 2 prompts have 1 ids"):
         load_prompts([Prompt("a", "x"), Prompt("a", "y")])
-    with pytest.raises(ValueError, match=r"number 0 of the list has only \['words'\]"):
+    with pytest.raises(ValueError, match=r"number 0 of the list has \['words'\]"):
         load_prompts([{"words": "x"}])
     with pytest.raises(ValueError, match="number 0 of the list is 3"):
         load_prompts([3])  # type: ignore[list-item]

@@ -116,7 +116,7 @@ def test_false_captions_are_false_and_put_like_the_true_one():
 def test_the_shipped_clip_loads_as_any_and_knows_single_things():
     metric, rng = agreement.clip_score(), np.random.default_rng(3)
     metric.setup(torch.device("cpu"))
-    assert metric.encoder.model.dtype == torch.float32 and isinstance(metric.encoder.model, CLIPModel)
+    assert metric.loaded.model.dtype == torch.float32 and isinstance(metric.loaded.model, CLIPModel)
     assert (FOLDER / "clip" / "model.safetensors").stat().st_size < 1.5e6
     asks = [world.random_ask(rng, "colors") for _ in range(24)]
     images = [world.render(ask.scene(rng)) for ask in asks]

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from training_runs import At, assert_same_run, read_log, rows, start, trainer
 LONG = {"max_steps": 10_000, "save_steps": 10_000, "eval_steps": 10_000}
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers() -> Iterator[None]:
+    """Gives signals their usual handlers, which a shell in the background or `nohup` takes from its children."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    former = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 def stop_by(number: int, times: int = 1) -> Any:
