@@ -200,27 +200,32 @@ def gain_and_errors(correct: np.ndarray, base: np.ndarray) -> dict[str, float]:
 
 
 def compare(names: Sequence[str], args: argparse.Namespace) -> str:
-    """Returns a table of the first row's paired differences from the others, a column for each guidance scale."""
+    """Returns a table of the first row's paired differences from the others, a column for each guidance scale.
+
+    Raises:
+        FileNotFoundError: A row has not been measured at one of the scales.
+    """
+    correct = {}
+    for name in names:
+        for scale in args.guidance:
+            found = load_measured(name, scale, args)
+            if found is None:
+                raise FileNotFoundError(
+                    f"{args.out} has no images of {name} at guidance {scale:g}; measure them first"
+                )
+            correct[name, scale] = _correct(found[0])
     lines = ["| " + " | ".join([f"{names[0]} less", *(f"guidance {scale:g}" for scale in args.guidance)]) + " |"]
     lines.append("| --- " * (1 + len(args.guidance)) + "|")
-    correct = {(name, scale): _correct(name, scale, args) for name in names for scale in args.guidance}
     for name in names[1:]:
-        found = [gain_and_errors(correct[names[0], scale], correct[name, scale]) for scale in args.guidance]
-        cells = [f"{100 * one['gain']:+.1f} ± {100 * one['error']:.1f}" for one in found]
+        gains = [gain_and_errors(correct[names[0], scale], correct[name, scale]) for scale in args.guidance]
+        cells = [f"{100 * gain['gain']:+.1f} ± {100 * gain['error']:.1f}" for gain in gains]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _correct(name: str, scale: float, args: argparse.Namespace) -> np.ndarray:
-    """Returns which images of a row are right, by training seed, (seeds, images) bool.
-
-    Raises:
-        FileNotFoundError: The row has not been measured at this scale.
-    """
-    found = load_measured(name, scale, args)
-    if found is None:
-        raise FileNotFoundError(f"{args.out} has no measurements of {name} at guidance {scale:g}; measure it first")
-    return np.stack([np.concatenate([run.correct for run in some]) for some in found[0]])
+def _correct(runs: Sequence[Sequence[Measured]]) -> np.ndarray:
+    """Returns which images are right, by training seed, (seeds, images) bool."""
+    return np.stack([np.concatenate([run.correct for run in some]) for some in runs])
 
 
 def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -230,7 +235,8 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
     real = features(base, [render(random_ask(rng).scene(rng), random_background(rng)) for _ in range(2000)])
     table: dict[str, dict[str, Any]] = {}
     for scale in args.guidance:
-        of_base = _correct("base", scale, args) if load_measured("base", scale, args) else None
+        found = load_measured("base", scale, args)
+        of_base = None if found is None else _correct(found[0])
         for name in names:
             found = load_measured(name, scale, args)
             if found is None:
@@ -254,7 +260,7 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
                 **_diagnostics(adapter_folder(name, 0, args) / "log.jsonl"),
             }
             if of_base is not None and name != "base":
-                row |= gain_and_errors(_correct(name, scale, args), of_base)
+                row |= gain_and_errors(_correct(runs), of_base)
             table.setdefault(name, {})[f"{scale:g}"] = row
     return table
 

@@ -162,22 +162,32 @@ def test_a_denoiser_alone_has_no_guidance(family: tiny.Family):
     family.call(denoiser, family.inputs(2), 500.0)
 
 
-def test_a_context_names_the_branch_of_a_denoiser_alone():
+def alone(rows: int) -> tuple[Any, Callable[[], Tensor], Tensor, Tensor]:
+    """Returns a denoiser with tokens in the positive branch, a call of it, and its outputs without and with them."""
     family = tiny.FAMILIES[3]
-    denoiser, inputs = family.denoiser(), family.inputs(2)
-    base = family.call(denoiser, inputs, 500.0)
+    denoiser, inputs = family.denoiser(), family.inputs(rows)
+
+    def call() -> Tensor:
+        return family.call(denoiser, inputs, 500.0)
+
+    base = call()
     denoiser.add_softrepa(SoftREPAConfig.for_denoiser(denoiser, init_std=1.0))
-    adapted = family.call(denoiser, inputs, 500.0)
+    with_tokens = call()
     denoiser.set_softrepa("softrepa", guidance_branch="positive")
-    for name, expected in {"cond": adapted, "uncond": base, "pred_cond": adapted, "pred_uncond": base}.items():
+    return denoiser, call, base, with_tokens
+
+
+def test_a_context_names_the_branch_of_a_denoiser_alone():
+    denoiser, call, base, with_tokens = alone(rows=2)
+    for name, expected in {"cond": with_tokens, "uncond": base, "pred_cond": with_tokens, "pred_uncond": base}.items():
         with denoiser.cache_context(name):
-            assert torch.equal(family.call(denoiser, inputs, 500.0), expected)
+            assert torch.equal(call(), expected)
     with denoiser.cache_context("cond_uncond"), pytest.raises(ValueError, match="no pipeline calls it"):
-        family.call(denoiser, inputs, 500.0)
+        call()
     with pytest.raises(RuntimeError, match="mine"), denoiser.cache_context("cond"):
         raise RuntimeError("mine")
     with pytest.raises(ValueError, match="no pipeline calls it"):
-        family.call(denoiser, inputs, 500.0)
+        call()
 
 
 def test_the_pipeline_that_counts_is_the_one_that_runs():
@@ -259,25 +269,20 @@ def test_perturbed_attention_guidance_has_a_third_part():
 
 
 def test_two_threads_name_their_own_contexts():
-    family = tiny.FAMILIES[3]
-    denoiser, inputs = family.denoiser(), family.inputs(1)
-    base = family.call(denoiser, inputs, 500.0)
-    denoiser.add_softrepa(SoftREPAConfig.for_denoiser(denoiser, init_std=1.0))
-    adapted = family.call(denoiser, inputs, 500.0)
-    denoiser.set_softrepa("softrepa", guidance_branch="positive")
+    denoiser, call, base, with_tokens = alone(rows=1)
     barrier, found = threading.Barrier(2), {}
 
     def run(name: str) -> None:
         with torch.no_grad(), denoiser.cache_context(name):
             barrier.wait(10)
-            found[name] = family.call(denoiser, inputs, 500.0)
+            found[name] = call()
 
     threads = [threading.Thread(target=run, args=(name,)) for name in ("cond", "uncond")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert torch.equal(found["cond"], adapted)
+    assert torch.equal(found["cond"], with_tokens)
     assert torch.equal(found["uncond"], base)
 
 
