@@ -89,7 +89,7 @@ def llava(folder: Path) -> Path:
     )
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_vision()), text_config=text, image_token_id=image_token, image_seq_length=9
+        vision_config=CLIPVisionConfig(**_vision()), text_config=text, image_token_index=image_token, image_seq_length=9
     )
     model = LlavaForConditionalGeneration(config).eval()
     for parameter in model.parameters():

@@ -189,11 +189,12 @@ def test_an_offloaded_base_trains_the_same_tokens(offload: Any, tmp_path: Path):
     pipe = pipeline()
     try:
         offload(pipe.transformer, tmp_path)
+        found = train(pipe, tmp_path / "two")
     except AttributeError as error:
-        if torch.accelerator.is_available():
+        if torch.accelerator.is_available() or "'NoneType' object has no attribute 'type'" not in str(error):
             raise
         pytest.skip(f"group offloading of this diffusers needs an accelerator: {error}")
-    assert_close(train(pipe, tmp_path / "two"), expected)
+    assert_close(found, expected)
 
 
 def test_a_compiled_base_trains_the_same_tokens_and_is_not_compiled_afterwards(tmp_path: Path):

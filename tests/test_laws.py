@@ -328,7 +328,7 @@ def _hide_soft_keys(monkeypatch: pytest.MonkeyPatch, denoiser: nn.Module) -> lis
         def enter(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             text = kwargs[block.group.text].shape[1] + 4
             joint = block.group.returns is not None
-            image = kwargs["hidden_states"].shape[1] if joint else 0
+            image = kwargs["hidden_states"].shape[1] if joint and block.group.text != "hidden_states" else 0
             inside.append(
                 (block.group.at + (image if joint and family_of(denoiser).name == "sd3" else 0), text + image)
             )

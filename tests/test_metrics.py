@@ -178,7 +178,8 @@ def test_vqa_score_is_the_probability_of_the_answer(llava: Path, answer: str):
 def test_a_model_that_does_not_chat_is_refused(llava: Path, tmp_path: Path):
     processor = AutoProcessor.from_pretrained(llava)
     processor.save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
+    for template in tmp_path.glob("chat_template.*"):  # its ending depends on the release of transformers
+        template.unlink()
     with pytest.raises(ValueError, match="has no chat template"):
         VQAScore(str(tmp_path)).setup(CPU)
 

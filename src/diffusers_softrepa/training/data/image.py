@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 Size = tuple[int, int]
 Crop = Literal["center", "random"]
 
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 are turned by a quarter
+_SIDES = (0x0100, 0x0101)  # the TIFF tags of the stored width and height
 _LOADING = threading.Lock()
 
 
@@ -289,8 +291,8 @@ def _checked_size(image: Image.Image) -> Size:
 
 def _is_turned(image: Image.Image) -> bool:
     """Whether `exif_transpose` will swap the sides of the decoded image."""
-    if image.format == "TIFF":  # Pillow turns these itself, their size too
-        return False
+    if isinstance(image, TiffImageFile):  # Pillow turns it itself: its size when it is opened, or when it is decoded
+        return image.tag_v2.get(_ORIENTATION) in (5, 6, 7, 8) and image.size == tuple(map(image.tag_v2.get, _SIDES))
     if isinstance(image, PngImageFile) and not _has_text_behind_pixels(image):
         # As `image.getexif()`, which would decode the whole PNG in search of what does not come.
         return Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
