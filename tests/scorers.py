@@ -87,9 +87,9 @@ def llava(folder: Path) -> Path:
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    image = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_vision()), text_config=text, image_token_index=image_token, image_seq_length=9
+        vision_config=CLIPVisionConfig(**_vision()), text_config=text, image_token_index=image, image_seq_length=9
     )
     model = LlavaForConditionalGeneration(config).eval()
     for parameter in model.parameters():
