@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from diffusers_softrepa.objectives import Contrastive, SoftRank
 from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
 from diffusers_softrepa.training import trainer as trainer_room
-from diffusers_softrepa.training.calibration import Measured, check_negatives, is_saturated, unsaturated
+from diffusers_softrepa.training.calibration import check_negatives, is_saturated, measured, unsaturated
 from diffusers_softrepa.training.metrics import gains, mean_and_error
 from training_runs import At, read_log, rows, train_until_killed, trainer
 
@@ -63,15 +63,11 @@ def test_two_captions_are_too_few_for_a_rank_among_three(tmp_path: Path):
 
 
 def test_negatives_are_counted_by_the_candidates_of_each_row():
-    def measured(*num_negatives: int) -> Measured:
-        rows = torch.ones(len(num_negatives))
-        return Measured(torch.tensor(num_negatives), rows, rows)
-
-    check_negatives(Contrastive(), measured(0, 0, 1))
+    check_negatives(Contrastive(), torch.tensor([0, 0, 1]))
     with pytest.raises(ValueError, match="no negatives to contrast"):
-        check_negatives(Contrastive(), measured(0, 0, 0))
+        check_negatives(Contrastive(), torch.tensor([0, 0, 0]))
     with pytest.raises(ValueError, match="2 or more captions"):
-        check_negatives(SoftRank(), measured(1, 1, 0))
+        check_negatives(SoftRank(), torch.tensor([1, 1, 0]))
 
 
 # Saturated logits.
@@ -79,19 +75,19 @@ def test_negatives_are_counted_by_the_candidates_of_each_row():
 
 def test_what_is_measured_is_what_the_errors_say():
     errors = torch.tensor([[1.0, 2.0, torch.nan], [5.0, 3.0, 4.0]])
-    found = Measured.of(errors, torch.tensor([0, 1]), ~errors.isnan())
-    assert found.num_negatives.tolist() == [1, 2] and found.matched.tolist() == [1.0, 3.0]
-    assert_close(found.spread, torch.stack([errors[0, :2].std(), errors[1].std()]))
-    alone = Measured.of(errors[:, :1], torch.tensor([0, 0]), torch.ones(2, 1, dtype=torch.bool))
-    assert alone.spread.isnan().all()
+    found = measured(errors, torch.tensor([0, 1]), ~errors.isnan())
+    assert found["negatives"].tolist() == [1, 2] and found["matched"].tolist() == [1.0, 3.0]
+    assert_close(found["spread"], torch.stack([errors[0, :2].std(), errors[1].std()]))
+    alone = measured(errors[:, :1], torch.tensor([0, 0]), torch.ones(2, 1, dtype=torch.bool))
+    assert alone["spread"].isnan().all()
 
 
 def test_a_chosen_objective_has_a_gradient_where_the_published_one_has_none():
     errors = 1.5 + 0.01 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     positive, candidates = torch.arange(6), torch.ones(6, 6, dtype=torch.bool)
-    measured = Measured.of(errors, positive, candidates)
-    assert is_saturated(Contrastive(), measured)
-    chosen, told = unsaturated(Contrastive(denoising_weight=10.0), measured)
+    images = measured(errors, positive, candidates)
+    assert is_saturated(Contrastive(), images["matched"])
+    chosen, told = unsaturated(Contrastive(denoising_weight=10.0), images)
     assert (chosen.logits, chosen.denoising_weight) == ("linear", 10.0)
     assert 0.005 < chosen.temperature < 0.02 and f"{chosen.temperature:g}" in told
 
@@ -107,12 +103,11 @@ def test_a_chosen_objective_has_a_gradient_where_the_published_one_has_none():
 
 def test_errors_of_a_trained_model_keep_the_published_constants():
     errors = 0.3 + 0.01 * torch.rand(6, 6)
-    assert not is_saturated(Contrastive(), Measured.of(errors, torch.arange(6), torch.ones(6, 6, dtype=torch.bool)))
+    assert not is_saturated(Contrastive(), errors.diag())
 
 
 def test_errors_that_heed_no_caption_get_a_temperature_of_their_size():
-    measured = Measured(torch.tensor([3, 3]), torch.tensor([2.0, 2.0]), torch.zeros(2))
-    chosen, _ = unsaturated(Contrastive(), measured)
+    chosen, _ = unsaturated(Contrastive(), {"matched": torch.tensor([2.0, 2.0]), "spread": torch.zeros(2)})
     assert (chosen.logits, chosen.temperature) == ("exponential", 2.0)
 
 

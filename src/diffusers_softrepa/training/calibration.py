@@ -9,14 +9,14 @@ the mean over images of the standard deviation of an image's errors over its cap
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..objectives import Contrastive, Objective
+from .metrics import joined
 from .step.collate import Draws
 
 logger = logging.getLogger(__name__)
@@ -26,43 +26,39 @@ _SATURATED = 12.0
 _NO_GRADIENT = 1e-8  # of one number: what Adam adds to the size of the gradient that it divides by
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Statistics of the images of the first batches, of all processes.
+def measured(errors: Tensor, positive: Tensor, candidates: Tensor) -> dict[str, Tensor]:
+    """Returns statistics of the images of one batch.
 
-    Attributes:
-        num_negatives: Wrong captions that each image meets, (n,).
-        matched: Error of each image under its own caption, (n,).
-        spread: Standard deviation of each image's errors over its captions, (n,); NaN with one caption.
+    Args:
+        errors: Errors (b, c) of the candidates.
+        positive: Column of each image's own caption, (b,) int64.
+        candidates: The pairs that take part, (b, c) bool.
+
+    Returns:
+        Tensors (b,): `negatives`, the wrong captions that each image meets; `matched`, its error under its own
+        caption; `spread`, the standard deviation of its errors over its captions, NaN with one caption.
     """
-
-    num_negatives: Tensor
-    matched: Tensor
-    spread: Tensor
-
-    @classmethod
-    def of(cls, errors: Tensor, positive: Tensor, candidates: Tensor) -> "Measured":
-        """Returns the statistics of one batch, of the errors (b, c) of its candidates."""
-        count = candidates.sum(1)
-        known = errors.masked_fill(~candidates, 0)
-        centred = (errors - (known.sum(1) / count)[:, None]).masked_fill(~candidates, 0)
-        spread = (centred.square().sum(1) / (count - 1)).sqrt()  # NaN for a count of one
-        return cls((count - 1).to(errors), errors.gather(1, positive[:, None]).squeeze(1), spread)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Measured"]) -> "Measured":
-        """Returns the statistics of several batches as one."""
-        rows = [(part.num_negatives, part.matched, part.spread) for part in parts]
-        return cls(*(torch.cat(values).cpu() for values in zip(*rows, strict=True)))
+    count = candidates.sum(1)
+    known = errors.masked_fill(~candidates, 0)
+    centred = (errors - (known.sum(1) / count)[:, None]).masked_fill(~candidates, 0)
+    return {
+        "negatives": (count - 1).to(errors),
+        "matched": errors.gather(1, positive[:, None]).squeeze(1),
+        "spread": (centred.square().sum(1) / (count - 1)).sqrt(),
+    }
 
 
-def check_negatives(objective: Objective, measured: Measured) -> None:
+def check_negatives(objective: Objective, negatives: Tensor) -> None:
     """Refuses data in whose first batches no image meets as many wrong captions as the objective needs.
+
+    Args:
+        objective: The objective in training.
+        negatives: Wrong captions that each image meets, (n,).
 
     Raises:
         ValueError: The data are such.
     """
-    if objective.min_negatives and not (measured.num_negatives >= objective.min_negatives).any():
+    if objective.min_negatives and not (negatives >= objective.min_negatives).any():
         raise ValueError(no_negatives(objective))
 
 
@@ -75,16 +71,16 @@ def no_negatives(objective: Objective) -> str:
     )
 
 
-def is_saturated(objective: Objective, measured: Measured) -> bool:
-    """Returns whether the exponential logits of half of the images or more are nearly 0."""
+def is_saturated(objective: Objective, matched: Tensor) -> bool:
+    """Returns whether exponential logits of matched errors (n,) are nearly 0 for half of the images or more."""
     if not isinstance(objective, Contrastive) or objective.logits != "exponential":
         return False
-    return measured.matched.median().item() > _SATURATED * objective.temperature
+    return matched.median().item() > _SATURATED * objective.temperature
 
 
-def unsaturated(objective: Contrastive, measured: Measured) -> tuple[Contrastive, str]:
-    """Returns an objective that has a gradient at these errors, and a message that says so."""
-    error, spread = measured.matched.median().item(), measured.spread.nanmean().item()
+def unsaturated(objective: Contrastive, images: Mapping[str, Tensor]) -> tuple[Contrastive, str]:
+    """Returns an objective that has a gradient at the errors of these images, and a message that says so."""
+    error, spread = images["matched"].median().item(), images["spread"].nanmean().item()
     if spread > 0:
         found = replace(objective, logits="linear", temperature=float(f"{spread:.2g}"))
     else:  # the caption makes no difference to the denoiser yet
@@ -92,7 +88,7 @@ def unsaturated(objective: Contrastive, measured: Measured) -> tuple[Contrastive
     return found, (
         f"matched errors are {error:.2g}, {error / objective.temperature:.0f} times the published temperature "
         f"{objective.temperature:g}, where exponential logits have no gradient; so {found.logits} logits with "
-        f"temperature {found.temperature:g} were chosen from the errors of the first {len(measured.matched)} images. "
+        f"temperature {found.temperature:g} were chosen from the errors of the first {len(images['matched'])} images. "
         f"Set temperature={objective.temperature:g} to train with the published constants"
     )
 
@@ -103,30 +99,30 @@ def calibrate(trainer: Any) -> None:
     Raises:
         ValueError: No image of these batches meets a caption that is wrong for it.
     """
-    position, objective, measured = trainer.loader.state_dict(), trainer.objective, []
+    position, objective, rows = trainer.loader.state_dict(), trainer.objective, []
     trainer.loader.load_state_dict({"epoch": position["epoch"], "batches": 0})  # it may have been iterated already
     batches = iter(trainer.loader)
     for number, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
         pairs = trainer.data_collator(batch, Draws(trainer.args.seed, number, trainer.first_row))
-        rows = Measured.of(trainer.engine.errors(pairs), pairs.positive, pairs.candidates)
-        measured.append(Measured(**trainer.gathered(vars(rows))))
+        found = measured(trainer.engine.errors(pairs), pairs.positive, pairs.candidates)
+        rows.append(trainer.gathered(found))
     batches.close()
     trainer.loader.load_state_dict(position)
-    found = Measured.joined(measured)
-    check_negatives(objective, found)
-    if not is_saturated(objective, found):
+    images = joined(rows)
+    check_negatives(objective, images["negatives"])
+    if not is_saturated(objective, images["matched"]):
         return
-    chosen, text = unsaturated(objective, found)
+    chosen, text = unsaturated(objective, images)
     if trainer.args.temperature is None:
         trainer.choose(chosen)
         trainer.warn(text)
         return
-    error = found.matched.median().item()
+    error = images["matched"].median().item()
     trainer.warn(
         f"matched errors are {error:.2g}, {error / objective.temperature:.0f} times the temperature "
         f"{objective.temperature:g}: exponential logits are nearly 0 there, so the contrast has no gradient; set "
-        f"logits='linear' with temperature={found.spread.nanmean().item():.2g}, or leave out temperature to have one "
-        "chosen"
+        f"logits='linear' with temperature={images['spread'].nanmean().item():.2g}, or leave out temperature to have "
+        "one chosen"
     )
 
 

@@ -11,7 +11,7 @@ Every event is called with `(args, state, control, **given)`. `state` is a `Trai
 - `on_log`: `logs`; `on_evaluate`: `metrics`; `on_save`: after a checkpoint was written
 - `on_exception`: `error`, which ends the run; only callbacks that define it are called
 
-The trainer's own callbacks come first: `LogCallback` and `ProgressCallback` (module `log`), `FlowCallback`,
+The trainer's own callbacks come first: `LogCallback` (module `log`), `ProgressCallback`, `FlowCallback`,
 `StopCallback`, `RescueCallback`, `NonfiniteCallback`, `ValidationCallback` (`validation`), `ReportCallback` (`card`).
 """
 
@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from types import FrameType
 from typing import Any, final
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 from transformers import TrainerControl as _TrainerControl
 
@@ -35,6 +37,8 @@ from ..files import write_whole
 __all__ = ["Callbacks", "FlowCallback", "StopCallback", "TrainerCallback", "TrainerControl", "TrainerState"]
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = ("loss", "top1", "pairs_per_second")  # beside the progress bar
 
 
 @dataclass
@@ -83,6 +87,38 @@ class FlowCallback(TrainerCallback):
         control.should_evaluate = last or step % args.eval_steps == 0
         control.should_save = last or step % args.save_steps == 0
         control.should_training_stop = last
+
+
+@final
+class ProgressCallback(TrainerCallback):
+    """Shows a progress bar on stderr, in the main process."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="soft tokens",
+            disable=not state.is_world_process_zero,
+            file=sys.stderr,
+        )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._bar.update()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        shown = {name: f"{given['logs'][name]:.3g}" for name in _SHOWN if name in given["logs"]}
+        if shown and self._bar is not None:
+            self._bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    on_exception = on_train_end
 
 
 @final

@@ -1,16 +1,14 @@
-"""The log of a run: `log.jsonl`, the trackers, and the progress bar."""
+"""The log of a run: `log.jsonl` and the trackers."""
 
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
 from ..files import UnreadableJSON, parse_json, write_whole
 from .callbacks import TrainerCallback, TrainerState
@@ -18,7 +16,6 @@ from .callbacks import TrainerCallback, TrainerState
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
-_SHOWN = ("loss", "top1", "pairs_per_second")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -86,37 +83,5 @@ class LogCallback(TrainerCallback):
         if state.is_world_process_zero:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
-
-    on_exception = on_train_end
-
-
-@final
-class ProgressCallback(TrainerCallback):
-    """Shows a progress bar on stderr, in the main process."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="soft tokens",
-            disable=not state.is_world_process_zero,
-            file=sys.stderr,
-        )
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self._bar.update()
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        shown = {name: f"{given['logs'][name]:.3g}" for name in _SHOWN if name in given["logs"]}
-        if shown and self._bar is not None:
-            self._bar.set_postfix(shown)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
     on_exception = on_train_end

@@ -1,10 +1,9 @@
 """How a pipeline is prepared for training: image sizes, the adapter, and the device and precision of its models."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -122,7 +121,8 @@ def prepared(pipeline: Any, args: ContrastiveFlowMatchingArguments, device: torc
         how = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         denoiser.compile(**{name: value for name, value in how.items() if value is not None})
     try:
-        yield
+        with _weights_for_backward(denoiser):
+            yield
     finally:
         for part, impl in compiled.items():
             part._compiled_call_impl = impl
@@ -153,21 +153,15 @@ def text_encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def trainable_when_offloaded(denoiser: Any, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns `predict` in a form that gradients pass where the denoiser is offloaded.
+def _weights_for_backward(denoiser: Any) -> AbstractContextManager[Any]:
+    """Lets gradients pass an offloaded denoiser inside the block.
 
     Offloading removes the weights from the parameters after each block, but the backward pass needs them, so the graph
     keeps the tensors that the parameters held. With gradient checkpointing these are one block's weights at a time.
     """
-    offloaded = cache(lambda: _is_offloaded(denoiser))  # known at the first call, not before
-
-    def predicted(*args: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and offloaded()):
-            return predict(*args)
-        with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
-            return predict(*args)
-
-    return predicted
+    if not _is_offloaded(denoiser):
+        return nullcontext()
+    return saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
 
 def halve_vae(pipeline: Any) -> None:

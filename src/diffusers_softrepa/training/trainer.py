@@ -33,6 +33,7 @@ from .callbacks import (
     Callbacks,
     FlowCallback,
     NonfiniteCallback,
+    ProgressCallback,
     RescueCallback,
     StopCallback,
     TrainerControl,
@@ -45,11 +46,11 @@ from .data.dataset import Example, Examples
 from .data.encode import Encoder
 from .data.loader import PairLoader
 from .estimate import Estimate, estimate_run
-from .log import LogCallback, ProgressCallback
+from .log import LogCallback
 from .metrics import Recent, gains, joined, means, retrieval_metrics, standard_errors
 from .optimization import Schedule, make_average, make_optimizer
 from .preflight import check_settings, open_data, open_training_data
-from .preparation import choose_adapter, make_framing, prepared, trainable_when_offloaded
+from .preparation import choose_adapter, make_framing, prepared
 from .state import RunState
 from .step.collate import NEGATIVES, Draws, PairCollator, spread_timesteps
 from .step.engine import PairEngine
@@ -83,6 +84,7 @@ class ContrastiveFlowMatchingTrainer:
     Attributes:
         state: The `TrainerState` that callbacks get.
         warnings: Warnings of the run, which the model card repeats.
+        model: The denoiser.
         parameters: The soft tokens in training.
         loader: The training batches.
         engine: The `PairEngine` that computes loss and gradients.
@@ -170,12 +172,13 @@ class ContrastiveFlowMatchingTrainer:
         """Chooses or adds the adapter to train, and makes the engine that computes its gradients."""
         args, num_banks = self.args, self.objective.num_banks
         self.adapter_name = choose_adapter(self.pipeline, args, config, name, num_banks=num_banks)
-        adapters = adapters_of(denoiser_of(self.pipeline))
+        self.model = denoiser_of(self.pipeline)
+        adapters = adapters_of(self.model)
         assert adapters is not None
         self.adapters = adapters
         self.parameters = list(self.adapter.tokens.parameters())
         self.engine = PairEngine(
-            trainable_when_offloaded(self.conditioner.denoiser, self.conditioner.predict),
+            self.conditioner.predict,
             self.objective,
             self.parameters,
             use_bank=adapters.use_bank,
@@ -386,7 +389,7 @@ class ContrastiveFlowMatchingTrainer:
                 return
 
     def _event(self, name: str, **given: Any) -> None:
-        given |= {"trainer": self, "model": self.conditioner.denoiser, "optimizer": self.optimizer}
+        given |= {"trainer": self, "model": self.model, "optimizer": self.optimizer}
         given |= {"lr_scheduler": self.lr_scheduler, "train_dataloader": self.loader}
         self.control = self.callbacks.call(name, self.args, self.state, self.control, **given)
 
