@@ -73,7 +73,7 @@ def test_the_command_lines_of_the_training_guide_are_understood(
     monkeypatch.chdir(tmp_path)
     (settings,) = blocks("training.md", "yaml")
     Path("settings.yaml").write_text(settings)
-    lines = "".join(blocks("training.md", "bash")).splitlines()
+    lines = "".join(blocks("training.md", "bash")).replace("\\\n", "").splitlines()
     commands = [
         shlex.split(line)[5:] for line in lines if line.startswith("accelerate launch -m diffusers_softrepa train")
     ]

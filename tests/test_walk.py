@@ -43,7 +43,8 @@ def make_folder(folder: Path, count: int, seed: int) -> None:
 
 def command_of_the_guide() -> list[str]:
     """Returns the options of the first command of the guide, with `CHANGES`."""
-    line = re.search(r"accelerate launch -m diffusers_softrepa train (--.*)", GUIDE.read_text(encoding="utf-8"))
+    text = GUIDE.read_text(encoding="utf-8").replace("\\\n", "")
+    line = re.search(r"accelerate launch -m diffusers_softrepa train +(--.*)", text)
     assert line is not None
     words = line[1].split()
     options = dict(zip(words[::2], words[1::2], strict=True)) | CHANGES
