@@ -190,8 +190,9 @@ def test_an_offloaded_base_trains_the_same_tokens(offload: Any, tmp_path: Path):
     try:
         offload(pipe.transformer, tmp_path)
         found = train(pipe, tmp_path / "two")
-    except AttributeError as error:
-        if torch.accelerator.is_available() or "'NoneType' object has no attribute 'type'" not in str(error):
+    except (AttributeError, RuntimeError) as error:
+        told = "'NoneType' object has no attribute 'type'", "Cannot access accelerator device when none is available"
+        if torch.accelerator.is_available() or not any(text in str(error) for text in told):
             raise
         pytest.skip(f"group offloading of this diffusers needs an accelerator: {error}")
     assert_close(found, expected)

@@ -66,7 +66,7 @@ def select_rows(negative: Tensor, base: Any, adapted: Any) -> Any:
     Raises:
         ValueError: The output has no batch dimension of these rows.
     """
-    if isinstance(adapted, tuple | list):
+    if isinstance(adapted, (tuple, list)):
         return type(adapted)([select_rows(negative, *parts) for parts in zip(base, adapted, strict=True)])
     if not isinstance(adapted, Tensor):
         return adapted

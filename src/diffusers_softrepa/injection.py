@@ -452,7 +452,7 @@ def _weighted_sum(factors: list[Tensor | None], outputs: list[Any]) -> Any:
     first = outputs[0]
     if isinstance(first, Tensor):
         return sum(out if factor is None else factor * out for factor, out in zip(factors, outputs, strict=True))
-    if isinstance(first, tuple | list):
+    if isinstance(first, (tuple, list)):
         return type(first)([_weighted_sum(factors, list(parts)) for parts in zip(*outputs, strict=True)])
     return first
 
@@ -494,7 +494,7 @@ def _check_undivided(denoiser: nn.Module) -> None:
 
 def _device_of(arguments: Mapping[str, Any]) -> torch.device:
     """Returns the device of the first tensor among the arguments of a call, or in a list among them."""
-    parts = [part for value in arguments.values() for part in (value if isinstance(value, list | tuple) else [value])]
+    parts = [part for value in arguments.values() for part in (value if isinstance(value, (list, tuple)) else [value])]
     return next(part.device for part in parts if isinstance(part, Tensor))
 
 

@@ -60,7 +60,7 @@ def cut_tokens(group: BlockGroup, arguments: Mapping[str, Any], output: Any, cou
 
 def insert_rows(text: Any, tokens: Tensor, *, at: int, dim: int = 1) -> Any:
     """Returns a text stream with `tokens`, `(batch or 1, K, D)`, inserted before row `at` of dimension `dim`."""
-    if isinstance(text, tuple | list):  # IP-Adapter: (text, image tokens)
+    if isinstance(text, (tuple, list)):  # IP-Adapter: (text, image tokens)
         return type(text)([insert_rows(text[0], tokens, at=at, dim=dim), *text[1:]])
     rows = tokens.to(device=text.device, dtype=text.dtype)
     if text.ndim == 2:  # no batch: (sequence, D)
@@ -80,7 +80,7 @@ def insert_rows(text: Any, tokens: Tensor, *, at: int, dim: int = 1) -> Any:
 
 def _stream(text: Any) -> Any:
     """Returns the text tensor of an argument that may be a tuple with image conditions behind it."""
-    return text[0] if isinstance(text, tuple | list) else text
+    return text[0] if isinstance(text, (tuple, list)) else text
 
 
 def _grow_part(value: Any, side: ExtendedArgument, *, at: int, length: int, count: int) -> Any:

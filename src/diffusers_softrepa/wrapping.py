@@ -28,7 +28,8 @@ def positions_of(module: nn.Module) -> dict[str, int]:
 
 def bound(positions: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a call by name, given by keyword or, under gradient checkpointing, by position."""
-    return {**dict(zip(positions, args, strict=False)), **kwargs}
+    names = list(positions)[: len(args)]  # torch 2.6 compiles no zip of different lengths
+    return {**dict(zip(names, args, strict=True)), **kwargs}
 
 
 def replaced(
