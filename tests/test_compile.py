@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,11 +24,10 @@ COUNTED = Version("2.13") <= Version(torch.__version__)
 
 
 @pytest.fixture(autouse=True)
-def _compiled_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not COUNTED:
-        monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 64)
+def _compiled_anew() -> Iterator[None]:
     torch._dynamo.reset()
-    yield
+    with nullcontext() if COUNTED else torch._dynamo.config.patch(cache_size_limit=64):
+        yield
     torch._dynamo.reset()
 
 
