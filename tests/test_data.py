@@ -62,8 +62,10 @@ class Pairs:
 
 def read_all(examples, block_size=3):
     blocks = list(examples.blocks(block_size=block_size))
-    assert [block.start for block in blocks] == [sum(b.size for b in blocks[:n]) for n in range(len(blocks))]
-    return [block.read(place) for block in blocks for place in range(block.size)]
+    assert [block.start for block in blocks] == [sum(len(b.examples) for b in blocks[:n]) for n in range(len(blocks))]
+    read = [block.examples[place] for block in blocks for place in range(len(block.examples))]
+    assert [example.number for example in read] == list(range(len(read)))
+    return read
 
 
 SOURCES = {
@@ -134,7 +136,7 @@ def test_text_shards_are_read_by_their_extension(tmp_path):
 
 def test_a_seed_draws_the_order_of_the_shards_of_a_stream():
     examples = open_examples(table().to_iterable_dataset(num_shards=COUNT))
-    orders = [[block.read(0).captions for block in examples.blocks(block_size=1, seed=seed)] for seed in (1, 1, 2)]
+    orders = [[block.examples[0].captions for block in examples.blocks(block_size=1, seed=seed)] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(map(tuple, CAPTIONS))
 

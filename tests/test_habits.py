@@ -82,7 +82,7 @@ def test_text_encoders_stay_off_the_device_but_while_captions_are_encoded(tmp_pa
     run = trainer(tmp_path / "one", cache_text=True, cache_dir=str(tmp_path / "cache"), **SHORT)
     with preparation.prepared(run.pipeline, run.args, run.accelerator.device):
         assert "transformer" in placed and not any(name.startswith("text_encoder") for name in placed)
-        run.encoder.fill(run.train_examples, run.accelerator, eval_examples=run.eval_examples)
+        run.encoder.fill(run.loader, run.accelerator, eval_examples=run.eval_examples)
         assert sum(name.startswith("text_encoder") for name in placed) == 6  # there and back
         run.encoder.encode_captions(list(run.eval_examples.captions()))
         assert sum(name.startswith("text_encoder") for name in placed) == 6
