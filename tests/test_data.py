@@ -219,8 +219,8 @@ def test_bad_input_is_refused_at_once(data, options, error, message):
     ("lines", "message"),
     [
         (['{"file_name": "0.png", "text": "a"}', "{"], "line 2 of .*metadata.jsonl is not JSON"),
-        (['{"text": "a"}'], "must be a JSON object with a file_name, such as .* line 1 is"),
-        (["[1]"], "must be a JSON object with a file_name"),
+        (['{"text": "a"}'], r"every row of .* must name an image file, as \{\"file_name\": .* but line 1 is"),
+        (["[1]"], "must name an image file, as .* does, but line 1 is"),
         (
             [json.dumps({"file_name": f"{n}.png", "text": "a"}) for n in range(0, 2 * COUNT, 2)],
             r"names 3 of 7 files that do not exist: 8.png \(line 5\), 10.png",

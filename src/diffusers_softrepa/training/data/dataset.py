@@ -75,12 +75,7 @@ class Example:
 
 @final
 class Block(NamedTuple):
-    """Consecutive examples that can be read in any order.
-
-    Attributes:
-        start: Number of the first example in its epoch.
-        examples: The examples.
-    """
+    """Consecutive examples that can be read in any order, and the number of the first one in its epoch."""
 
     start: int
     examples: Examples | list[Example]
@@ -130,19 +125,18 @@ class Columns:
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """One of the data sets that examples come from.
 
     Attributes:
         rows: Anything with `len` and `[]`, or a `datasets.IterableDataset`.
         columns: The columns to read.
-        weight: How often an epoch has each example; with 2.5, a changing half of them three times. Defaults to 1.
+        weight: How often an epoch has each example; with 2.5, a changing half of them three times.
     """
 
     rows: Any
     columns: Columns
-    weight: float = 1.0
+    weight: float
 
 
 @final

@@ -118,34 +118,20 @@ def bucket_sizes(side: int, multiple_of: int) -> tuple[Size, ...]:
     return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
 
 
-def crop_box(original: Size, size: Size, at: float = 0.5) -> tuple[float, float, float, float]:
-    """Returns the part of an image that is kept, (left, top, right, bottom) in its pixels.
-
-    Args:
-        original: Size (h, w) of the upright image.
-        size: Size (H, W) that the part is resized to.
-        at: Place of the crop, from 0 (top or left) to 1; defaults to 0.5, the centre.
-    """
-    scale = max(size[0] / original[0], size[1] / original[1])
-    top, left = (at * max(0.0, whole - part / scale) for whole, part in zip(original, size, strict=True))
-    return left, top, min(left + size[1] / scale, original[1]), min(top + size[0] / scale, original[0])
-
-
 def render(image: Image.Image, size: Size, *, crop_at: float = 0.5, flip: bool = False) -> Tensor:
     """Crops an upright RGB image and resizes it (Lanczos, antialiased).
 
     Args:
         image: The image.
         size: Size (H, W) of the pixels.
-        crop_at: Place of the crop, as in `crop_box`.
+        crop_at: Place of the crop along the longer side, from 0 (left or top) to 1; defaults to 0.5, the centre.
         flip: Whether to mirror it; defaults to False.
 
     Returns:
         Pixels (3, H, W) float32 in [-1, 1].
     """
-    box = crop_box((image.height, image.width), size, crop_at)
-    array = np.array(image.resize(size[::-1], Image.Resampling.LANCZOS, box=box), dtype=np.float32)  # (H, W, 3)
-    array = array[:, ::-1] if flip else array
+    fitted = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS, centering=(crop_at, crop_at))
+    array = np.array(ImageOps.mirror(fitted) if flip else fitted, dtype=np.float32)  # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1)
 
 

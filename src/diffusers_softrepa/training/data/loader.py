@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, final
 
@@ -32,6 +32,7 @@ _BATCHES_AHEAD = 3
 
 
 @final
+@dataclass(eq=False)
 class PairLoader:
     """The batches of one process, each a list of loaded examples of one size.
 
@@ -40,12 +41,6 @@ class PairLoader:
     number of processes. Each process reads the whole stream but decodes only its own rows.
 
     Attributes:
-        epoch: The current epoch.
-        batches: Number of batches that were taken from it.
-        broken: Counter of the broken examples that this process found in it.
-        order: The `PairSampler`.
-
-    Args:
         examples: Examples from `open_examples`.
         framing: Size and crop of the pixels.
         batch_size: Rows of a batch of one process.
@@ -60,47 +55,42 @@ class PairLoader:
         latents: Cache of latents to read instead of images, which `fill_latents` fills with each image as it is
             cropped and flipped in epoch 0; images that are not in it count as broken. Defaults to None.
         empty_prompts: Share of the images, drawn per image and epoch, that get an empty caption; defaults to 0.
+        epoch: The current epoch.
+        batches: Number of batches that were taken from it.
+        broken: Counter of the broken examples that this process found in it.
+        order: The sampler of the global batches.
 
     Raises:
         ValueError: `max_broken` is out of range, or the examples do not fill a batch. A stream that is too short for
             one batch raises it when it ends.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        framing: Framing,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        shuffle_buffer: int = 1000,
-        max_broken: int | float = 0.01,
-        num_workers: int = 2,
-        latents: TensorCache | None = None,
-        empty_prompts: float = 0.0,
-    ) -> None:
-        self.examples, self.framing, self.seed, self.latents = examples, framing, seed, latents
-        self.epoch, self.batches, self.broken = 0, 0, BrokenCount(max_broken)
-        self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
-        self._empty_prompts, self._threads = empty_prompts, num_workers
-        self.order = PairSampler(
-            examples,
-            framing,
-            batch_size * world_size,
-            seed=seed if shuffle else None,
-            buffer=shuffle_buffer,
-            broken=self.broken,
-        )
+    examples: Examples
+    framing: Framing
+    _: KW_ONLY
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+    shuffle_buffer: int = 1000
+    max_broken: int | float = 0.01
+    num_workers: int = 2
+    latents: TensorCache | None = None
+    empty_prompts: float = 0.0
+    epoch: int = field(default=0, init=False)
+    batches: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.broken, size = BrokenCount(self.max_broken), self.batch_size * self.world_size
+        order_seed = self.seed if self.shuffle else None
+        self.order = PairSampler(self.examples, self.framing, size, order_seed, self.shuffle_buffer, self.broken)
 
     def __iter__(self) -> Iterator[list[Example]]:
         epoch, start = self.epoch, self.batches
         self.broken.names.clear()
-        first = self._rank * self._batch_size
-        batches = islice(self.order.batches(epoch), start, None)
-        own = (slots[first : first + self._batch_size] for slots in batches)
+        rows = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        own = (slots[rows] for slots in islice(self.order.batches(epoch), start, None))
         for batch in self._load_ahead(own, epoch):
             self.batches += 1
             yield batch
@@ -186,25 +176,24 @@ class PairLoader:
             return entries
 
         names = sorted(found, key=lambda name: found[name])
-        return self.latents.fill(names, compute, rank=self._rank, world_size=self._world_size, stop=stop)
+        return self.latents.fill(names, compute, rank=self.rank, world_size=self.world_size, stop=stop)
 
     def _settings(self) -> dict[str, Any]:
-        order, examples = self.order, self.examples
         return {
             "seed": self.seed,
-            "shuffle": order.seed is not None,
-            "shuffle_buffer": order.buffer if examples.count is None else None,
-            "global_batch_size": order.batch_size,
-            "num_examples": examples.count,
-            "weights": [weight for _, weight in examples.weights],
+            "shuffle": self.shuffle,
+            "shuffle_buffer": self.shuffle_buffer if self.examples.count is None else None,
+            "global_batch_size": self.order.batch_size,
+            "num_examples": self.examples.count,
+            "weights": [weight for _, weight in self.examples.weights],
             "sizes": [list(size) for size in self.framing.sizes],
         }
 
     def _load_ahead(self, order: Iterator[list[Slot]], epoch: int) -> Iterator[list[Example]]:
-        if self._threads == 0:
+        if self.num_workers == 0:
             yield from ([self._load(slot, epoch) for slot in slots] for slots in order)
             return
-        planner, workers = ThreadPoolExecutor(1), ThreadPoolExecutor(self._threads)
+        planner, workers = ThreadPoolExecutor(1), ThreadPoolExecutor(self.num_workers)
 
         def start_batch() -> list[Future[Example]]:
             return [workers.submit(self._load, slot, epoch) for slot in next(order, [])]
@@ -221,13 +210,12 @@ class PairLoader:
     def _load(self, slot: Slot, epoch: int) -> Example:
         """Loads a row, or the first of its replacements that is not broken."""
         start, examples = slot.block
-        for entry in slot.candidates():
-            time, place = divmod(entry, len(examples))
+        for place, time in slot.candidates():
             example = examples[place]
             try:
                 return self._loaded(example, slot.size, epoch, time)
             except BrokenExample as error:
-                self.broken.add(example, error, out_of=(start + len(examples)) / self._world_size)
+                self.broken.add(example, error, out_of=(start + len(examples)) / self.world_size)
         raise ValueError(
             f"none of {len(slot.order)} examples of size {slot.size} can be used; see the warnings before"
         )
@@ -245,7 +233,7 @@ class PairLoader:
         caption, *others = example.captions
         if others:
             caption = example.captions[draw(*key, "caption") % len(example.captions)]
-        if self._empty_prompts and draw_uniform(*key, "empty") < self._empty_prompts:
+        if self.empty_prompts and draw_uniform(*key, "empty") < self.empty_prompts:
             caption = ""
         identity, pixels, latents = content_id(fetched), None, None
         if self.latents is None:

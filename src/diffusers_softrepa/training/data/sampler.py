@@ -18,9 +18,9 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 import torch
@@ -29,6 +29,8 @@ from .dataset import Block, Example, Examples
 from .image import BrokenExample, Framing, Size, image_size
 
 logger = logging.getLogger(__name__)
+
+Entry = tuple[int, int]  # the place of an example in its block, and how often it has come before in the epoch
 
 
 def draw(*key: int | str) -> int:
@@ -47,22 +49,23 @@ class Slot(NamedTuple):
 
     Attributes:
         block: Block of the example.
-        order: The block's examples of this size in the order of the epoch, each as its place in the block plus the
-            block's size times how often the example has come before.
+        order: The block's examples of this size in the order of the epoch, each as its place in the block and how
+            often it has come before.
         place: Place in `order`.
         size: Size (H, W) of the pixels.
     """
 
     block: Block
-    order: Sequence[int]
+    order: Sequence[Entry]
     place: int
     size: Size
 
-    def candidates(self) -> Iterator[int]:
+    def candidates(self) -> Iterator[Entry]:
         """Yields the entry of the example in `order`, then those of its replacements, each once."""
+        yield self.order[self.place]
         middle = self.place + len(self.order) // 2
         others = ((middle + step) % len(self.order) for step in range(len(self.order)))
-        return chain([self.order[self.place]], (self.order[other] for other in others if other != self.place))
+        yield from (self.order[other] for other in others if other != self.place)
 
 
 @final
@@ -105,45 +108,44 @@ class BrokenCount:
 
 
 @final
+@dataclass(eq=False)
 class PairSampler:
     """The global batches of each epoch.
 
-    Args:
+    Attributes:
         examples: The examples.
         framing: Sizes of the images.
         batch_size: Rows of a global batch, all processes together.
         seed: Seed of the order; None for the stored order.
         buffer: Examples of a stream that are held in memory and permuted.
         broken: Counter of the images whose size cannot be read.
+        size_counts: Number of rows of each size in an epoch; None for a stream.
 
     Raises:
         ValueError: The examples do not fill a batch.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        framing: Framing,
-        batch_size: int,
-        *,
-        seed: int | None,
-        buffer: int,
-        broken: BrokenCount,
-    ) -> None:
-        self.examples, self.framing, self.batch_size = examples, framing, batch_size
-        self.seed, self.buffer, self._broken = seed, buffer, broken
-        self.size_counts: dict[Size, int] | None = None
+    examples: Examples
+    framing: Framing
+    batch_size: int
+    seed: int | None
+    buffer: int
+    broken: BrokenCount
+    size_counts: dict[Size, int] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self._sizes: Sequence[tuple[Size, ...]] = ()  # of each example, if their number is known
-        if examples.count is not None:
-            if framing.aspect_buckets:
-                logger.info("reading the sizes of %d images from their headers", len(examples))
-            self._sizes = self._read_sizes(Block(0, examples))
-            counts = Counter(slot.size for slot in self._slots(Block(0, examples), epoch=0))  # as in every epoch
-            self.size_counts = {size: counts[size] for size in framing.sizes if counts[size]}
-        if framing.aspect_buckets:
-            counts = dict.fromkeys(framing.sizes, "?") if self.size_counts is None else self.size_counts
-            logger.info("aspect buckets, height x width: images: %s", _table(counts))
-        self._check_counts(self.size_counts or {})
+        if self.examples.count is not None:
+            if self.framing.aspect_buckets:
+                logger.info("reading the sizes of %d images from their headers", len(self.examples))
+            whole = Block(0, self.examples)
+            self._sizes = self._read_sizes(whole)
+            counts = Counter(slot.size for slot in self._slots(whole, epoch=0))  # as in every epoch
+            self.size_counts = {size: counts[size] for size in self.framing.sizes if counts[size]}
+            self._check_counts(self.size_counts)
+        if self.framing.aspect_buckets:
+            shown = dict.fromkeys(self.framing.sizes, "?") if self.size_counts is None else self.size_counts
+            logger.info("aspect buckets, height x width: images: %s", _table(shown))
 
     def __len__(self) -> int:
         """Returns the number of batches of a whole epoch.
@@ -166,25 +168,24 @@ class PairSampler:
                     yield waiting.pop(slot.size)
 
     def _slots(self, block: Block, epoch: int) -> list[Slot]:
-        sizes, count = self._sizes or self._read_sizes(block), len(block.examples)
-        orders: dict[Size, list[int]] = {}
-        slots = []
-        for entry in self._permuted(self._entries(count, sizes, epoch), epoch, block.start, "order"):
-            if found := sizes[entry % count]:
-                size = found[entry // count % len(found)]
+        sizes, slots = self._sizes or self._read_sizes(block), []
+        orders: dict[Size, list[Entry]] = {}
+        for place, time in self._permuted(self._entries(sizes, epoch), epoch, block.start, "order"):
+            if found := sizes[place]:
+                size = found[time % len(found)]
                 order = orders.setdefault(size, [])
                 slots.append(Slot(block, order, len(order), size))
-                order.append(entry)
+                order.append((place, time))
         return slots  # the orders are whole now
 
-    def _entries(self, count: int, sizes: Sequence[Any], epoch: int) -> list[int]:
-        """Returns the entries of an epoch (see `Slot.order`) by their place in a block of `count` examples."""
-        entries, resolutions = [], len(self.framing.resolutions)
-        for places, weight in self.examples.weights or [(range(count), 1.0)]:
+    def _entries(self, sizes: Sequence[Any], epoch: int) -> list[Entry]:
+        """Returns the entries of an epoch by their place in a block whose images have these sizes."""
+        entries = []
+        for places, weight in self.examples.weights or [(range(len(sizes)), 1.0)]:
             further = self._in_turn(places, weight % 1, sizes, epoch)
             for place in places:
-                times = resolutions * (int(weight) + (place in further))
-                entries += [place + count * time for time in range(times)]
+                times = len(self.framing.resolutions) * (int(weight) + (place in further))
+                entries += [(place, time) for time in range(times)]
         return entries
 
     def _in_turn(self, places: Iterable[int], share: float, sizes: Sequence[Any], epoch: int) -> set[int]:
@@ -198,11 +199,11 @@ class PairSampler:
             found.update(group[(epoch * taken + step) % len(group)] for step in range(taken))
         return found
 
-    def _permuted(self, numbers: list[int], *key: int | str) -> list[int]:
+    def _permuted(self, items: list[Any], *key: int | str) -> list[Any]:
         if self.seed is None:
-            return numbers
+            return items
         generator = torch.Generator().manual_seed(draw(self.seed, *key))
-        return [numbers[place] for place in torch.randperm(len(numbers), generator=generator).tolist()]
+        return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
 
     def _read_sizes(self, block: Block) -> Sequence[tuple[Size, ...]]:
         """Returns the sizes that each image of a block is resized to, none if its own cannot be read."""
@@ -215,7 +216,7 @@ class PairSampler:
             try:
                 return self.framing.sizes_of(image_size(example.image))
             except BrokenExample as error:
-                self._broken.add(example, error, out_of=block.start + count)
+                self.broken.add(example, error, out_of=block.start + count)
                 return ()
 
         with ThreadPoolExecutor(8) as threads:
@@ -223,7 +224,7 @@ class PairSampler:
 
     def _check_counts(self, counts: dict[Size, int]) -> None:
         small = {size: count for size, count in counts.items() if count < self.batch_size}
-        if self.size_counts is not None and len(small) == len(counts):
+        if len(small) == len(counts):
             raise ValueError(
                 f"a batch of all processes holds {self.batch_size} images of one size, but there are only "
                 f"{_table(counts) or 'broken ones'}; use a smaller batch, more images, or fewer aspect buckets"
@@ -236,5 +237,5 @@ class PairSampler:
             )
 
 
-def _table(counts: dict[Size, Any]) -> str:
+def _table(counts: Mapping[Size, int | str]) -> str:
     return ", ".join(f"{height}x{width}: {count}" for (height, width), count in counts.items())
