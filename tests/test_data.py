@@ -9,7 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from diffusers_softrepa.training.data.dataset import open_examples
+from diffusers_softrepa.training.data.dataset import LONGEST_CAPTION, open_examples
 from diffusers_softrepa.training.data.image import content_id, decode, fetch
 
 COUNT = 7
@@ -152,6 +152,15 @@ def test_hard_negatives_come_from_the_column_that_is_named_and_from_no_other():
 def test_empty_captions_are_left_out_and_the_others_stripped():
     rows = [{"image": IMAGES[0], "text": ["", None, " red\n", "  "]}, {"image": IMAGES[1], "text": None}]
     assert [example.captions for example in read_all(open_examples(rows))] == [("red",), ()]
+
+
+def test_captions_and_negatives_longer_than_text_encoders_read_are_cut():
+    long = "a red cat, " * 10_000
+    rows = [{"image": RED, "text": [long, "red"], "no": f"  {long}"}]
+    (example,) = read_all(open_examples(rows, negative_caption_column="no"))
+    assert example.captions == (long[:LONGEST_CAPTION], "red")
+    assert example.negative_captions == (long[:LONGEST_CAPTION],)
+    assert LONGEST_CAPTION >= 16 * 1024  # of 1,024 tokens, the most that a family reads, few have 16 characters
 
 
 def test_every_caption_is_named_once_for_the_text_cache():

@@ -8,8 +8,8 @@ it. The columns that hold them can be named, and are found by their usual names 
   several such columns; `a.b` for the entry `b` of a column `a` of JSON objects
 - written negatives: only the column that is named
 
-Captions that are empty, or hold half of a character (a lone surrogate), are left out; long ones are cut at a length
-that no text encoder reads to.
+Captions that are empty, or hold half of a character (a lone surrogate), are left out; longer ones than text encoders
+read are cut.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from ...quoting import one_line, quoted
 from .folders import TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
-LONGEST_CAPTION = 16_384  # characters; text encoders read some 500 tokens, and tokenizers all of a text at every step
+# In characters. Text encoders read at most some 1,000 tokens, but their tokenizers go through all of a text at each step.
+LONGEST_CAPTION = 16_384
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 _CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence".split()

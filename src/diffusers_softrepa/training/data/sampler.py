@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple, final
 
 import torch
@@ -61,11 +62,10 @@ class Slot(NamedTuple):
     size: Size
 
     def candidates(self) -> Iterator[Entry]:
-        """Yields the entry of the example in `order`, then those of its replacements, each once."""
-        yield self.order[self.place]
+        """Returns the entry of the example in `order`, then those of its replacements, each once."""
         middle = self.place + len(self.order) // 2
         others = ((middle + step) % len(self.order) for step in range(len(self.order)))
-        yield from (self.order[other] for other in others if other != self.place)
+        return chain([self.order[self.place]], (self.order[other] for other in others if other != self.place))
 
 
 @final
