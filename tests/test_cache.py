@@ -213,10 +213,9 @@ def test_killed_in_the_middle_it_holds_whole_entries_and_goes_on(cache, tmp_path
     for name in set(names) - set(missing):
         assert torch.equal(cache.get(name)["x"], torch.full((50_000,), float(name)))
     asked = []
-    entries = dict.fromkeys(names, {"x": torch.ones(1)})
     cache.fill(
         names[: whole + 5],
-        lambda batch: asked.extend(batch) or {name: entries[name] for name in batch},
+        lambda batch: asked.extend(batch) or {name: {"x": torch.ones(1)} for name in batch},
         batch_size=9,
     )
     assert asked == missing[:5]

@@ -93,7 +93,7 @@ def test_a_step_costs_no_more_the_longer_a_caption_is(tmp_path: Path):
     """Tokenizers go through the whole text at each step, so what they get is what a caption costs."""
     given: dict[int, int] = {}
     for length in (20_000, 40_000):
-        long = [{**row, "text": ("a word " * length)[:length]} for row in rows()]
+        long = [{**row, "text": (f"{number} " + length * "cat ")[:length]} for number, row in enumerate(rows())]
         run = trainer(tmp_path / str(length), long, eval_steps=9, save_steps=9, max_steps=1)
         encode, given[length] = run.conditioner.encode_captions, 0
 

@@ -213,9 +213,7 @@ def test_crops_and_flips_are_drawn_anew_in_every_epoch(drawn):
 @pytest.mark.parametrize("framing", [SQUARE, BUCKETS], ids=["one size", "buckets"])
 def test_in_stored_order_a_stream_gives_the_batches_of_a_table(framing):
     for batch_size in (1, 3):
-        table, stream = (
-            loader(make(), framing, shuffle=False, batch_size=batch_size) for make in (stored, streamed)
-        )
+        table, stream = (loader(make(), framing, shuffle=False, batch_size=batch_size) for make in (stored, streamed))
         for _ in range(2):
             assert_equal(list(table), list(stream))
 

@@ -201,7 +201,9 @@ def model_fingerprint(model: nn.Module) -> str:
     config = getattr(model, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     config = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    return fingerprint(json.dumps([type(model).__name__, config, weights_fingerprint(model)], sort_keys=True, default=str))
+    return fingerprint(
+        json.dumps([type(model).__name__, config, weights_fingerprint(model)], sort_keys=True, default=str)
+    )
 
 
 def _on_disk(size: int) -> int:

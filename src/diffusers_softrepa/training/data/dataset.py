@@ -35,11 +35,11 @@ from ...quoting import one_line, quoted
 from .folders import TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
-# In characters. Text encoders read at most some 1,000 tokens, but their tokenizers go through all of a text at each step.
+# In characters. Text encoders read some 1,000 tokens at most, but their tokenizers go through all of a text each time.
 LONGEST_CAPTION = 16_384
 
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-_CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence".split()
+_IMAGE_COLUMNS = "image jpg jpeg png webp img"
+_CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence"
 _FINGERPRINTED = 64  # examples
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -361,11 +361,11 @@ def _load_shards(shards: list[str], streaming: bool | None) -> Any:
 def _find_columns(row: Mapping[str, Any], image: str | None, captions: Any, negatives: str | None) -> Columns:
     inner = (f"{name}.{key}" for name, value in row.items() if isinstance(value, Mapping) for key in value)
     present = [*row, *inner]  # columns, and the entries of those that hold JSON objects
-    (found_image,) = _choose("image", present, image, _IMAGE_COLUMNS)
-    found = _choose("caption", present, captions, _CAPTION_COLUMNS)
+    (image,) = _choose("image", present, image, _IMAGE_COLUMNS.split())
+    captions = _choose("caption", present, captions, _CAPTION_COLUMNS.split())
     if negatives:
         _choose("negative_caption", present, negatives, ())
-    return Columns(found_image, tuple(found), negatives)
+    return Columns(image, tuple(captions), negatives)
 
 
 def _choose(kind: str, present: list[str], given: str | Sequence[str] | None, usual: Sequence[str]) -> list[str]:

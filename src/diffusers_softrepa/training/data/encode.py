@@ -72,8 +72,7 @@ class Encoder:
             examples: Loaded examples of one size.
             generators: A CPU generator for each.
         """
-        cached = [example.latents["latents"] for example in examples if example.latents is not None]
-        if cached:
+        if cached := [example.latents["latents"] for example in examples if example.latents is not None]:
             return torch.stack(cached).to(self._device, torch.float32)
         pixels = torch.stack([example.pixels for example in examples if example.pixels is not None])
         drawn: Any = list(generators)
@@ -82,7 +81,7 @@ class Encoder:
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
         """Returns the encoded captions, one row for each."""
         distinct = list(dict.fromkeys(captions))
-        encoded = self._encoded(distinct) if self.text is None else self._from_cache(self.text, distinct)
+        encoded = self._encoded(distinct) if self.text is None else self._cached(self.text, distinct)
         row = {caption: number for number, caption in enumerate(distinct)}
         rows = torch.tensor([row[caption] for caption in captions], device=self._device)
         return {name: value.to(self._device)[rows] for name, value in encoded.items()}
@@ -154,7 +153,7 @@ class Encoder:
         with text_encoders_on(self._conditioner.pipeline, self._device) if away else nullcontext():
             return concatenate([self._conditioner.encode_captions(part) for part in parts])
 
-    def _from_cache(self, cache: TensorCache, captions: list[str]) -> Conditions:
+    def _cached(self, cache: TensorCache, captions: list[str]) -> Conditions:
         self._fill(cache, captions)
         entries = [entry for caption in captions if (entry := cache.get(caption)) is not None]
         if len(entries) < len(captions):  # the cache was deleted meanwhile

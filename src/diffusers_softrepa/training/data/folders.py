@@ -15,6 +15,8 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +101,8 @@ def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None
     rows: Rows = []
     missing: list[str] = []
     for where, row in _read_table(table):
-        column = file_column or _file_column(row)
-        name = row.get(column) if column and isinstance(row, dict) else None
+        column = _file_column(row, file_column)
+        name = row[column] if column else None
         if isinstance(name, dict) and (name.get("bytes") or name.get("path")):  # as `datasets` writes parquet files
             rows.append({**row, "image": name})
             continue
@@ -190,28 +192,25 @@ def _read_csv(table: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"line {reader.line_num} of {table} cannot be read: {error}") from error
 
 
-def _file_column(row: Any) -> str | None:
+def _file_column(row: Any, given: str | None) -> str | None:
+    """Returns the given column of image files, or the one of a usual name; None if the row does not have it."""
     names = {name.strip().lower().replace(" ", "_"): name for name in row} if isinstance(row, dict) else {}
-    return next((names[name] for name in FILE_COLUMNS if name in names), None)
+    usual = next((names[name] for name in FILE_COLUMNS if name in names), None)
+    return usual if given is None else given if given in names.values() else None
 
 
 def _names_files(table: Path, file_column: str | None) -> bool:
-    """Whether the first row of a table names an image file."""
-    try:
-        _, row = next(_read_table(table), ("", None))
-    except ValueError:
-        return False
-    return file_column in row if file_column and isinstance(row, dict) else _file_column(row) is not None
+    with suppress(ValueError):
+        return any(_file_column(row, file_column) for _, row in islice(_read_table(table), 1))
+    return False
 
 
 def _find(folder: Path, name: str, by_name: dict[str, list[Path]]) -> Path | None:
     """Returns the file that a table means: at the written path, in `images/`, or the only one of that name."""
     written = name.replace("\\", "/")
-    for path in (folder / name, folder / written, folder / "images" / written):
-        if path.is_file():
-            return path
-    only = by_name.get(Path(written).name, [])
-    return only[0] if len(only) == 1 else None
+    paths = [folder / name, folder / written, folder / "images" / written]
+    same = by_name.get(Path(written).name, [])
+    return next((path for path in paths if path.is_file()), same[0] if len(same) == 1 else None)
 
 
 def _unrecognised(folder: Path, files: list[Path]) -> ValueError:

@@ -12,7 +12,7 @@ import io
 import math
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from os import PathLike
@@ -193,15 +193,12 @@ def image_size(image: Any) -> Size:
     is_local = isinstance(image, str | PathLike) and "://" not in str(image)
     source: Any = image if is_local else fetch(image)
     try:
-        if isinstance(source, Image.Image):
-            opened = nullcontext(source)  # not ours to close
-        else:
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        with opened as found:
-            width, height = found.size
-            if not (width and height):
-                raise ValueError(f"its size is {height} x {width}")
-            return (width, height) if _is_turned(found) else (height, width)
+        with ExitStack() as opened:
+            if not isinstance(source, Image.Image):  # not the caller's to close
+                source = opened.enter_context(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+            if not (source.width and source.height):
+                raise ValueError(f"its size is {source.height} x {source.width}")
+            return source.size if _is_turned(source) else (source.height, source.width)
     except Exception as error:  # the decoders of some forty formats raise what they like
         raise BrokenExample(f"its header cannot be read: {error}") from error
 

@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .cache import ENCODE_BATCH_SIZE, TensorCache
+from .cache import TensorCache
 from .dataset import Example, Examples
 from .image import BrokenExample, Framing, Size, content_id, decode, fetch, image_size, render
 from .sampler import BrokenCount, PairSampler, Slot, draw, draw_uniform
@@ -154,28 +154,28 @@ class PairLoader:
             try:
                 fetched = fetch(example.image)
                 for size in self.framing.sizes_of(image_size(fetched)):
-                    found.setdefault(self._latents_name(content_id(fetched), size), (size, example.number))
+                    found.setdefault(_latents_name(content_id(fetched), size), (size, example.number))
             except BrokenExample as error:
                 self.broken.add(example, error, out_of=len(self.examples))
 
         def compute(names: list[str]) -> dict[str, dict[str, Tensor]]:
+            pixels: dict[str, Tensor] = {}
+            for name in names:
+                size, number = found[name]
+                example = self.examples[number]
+                try:
+                    fetched = fetch(example.image)
+                    pixels[name] = self._pixels(fetched, size, content_id(fetched))
+                except BrokenExample as error:
+                    self.broken.add(example, error, out_of=len(self.examples))
             entries: dict[str, dict[str, Tensor]] = {}
-            for size, group in groupby(names, key=lambda name: found[name][0]):
-                pixels = {}
-                for name in group:
-                    example = self.examples[found[name][1]]
-                    try:
-                        fetched = fetch(example.image)
-                        pixels[name] = self._pixels(fetched, size, content_id(fetched))
-                    except BrokenExample as error:
-                        self.broken.add(example, error, out_of=len(self.examples))
-                if pixels:
-                    encoded = encode(torch.stack(list(pixels.values())))
-                    for row, name in enumerate(pixels):
-                        entries[name] = {key: value[row] for key, value in encoded.items()}
+            for _, group in groupby(pixels, key=lambda name: found[name][0]):
+                alike = list(group)
+                encoded = encode(torch.stack([pixels[name] for name in alike]))
+                entries |= {name: {key: encoded[key][row] for key in encoded} for row, name in enumerate(alike)}
             return entries
 
-        names = sorted(found, key=lambda name: found[name])
+        names = sorted(found, key=lambda name: found[name])  # those of a size after another
         return self.latents.fill(names, compute, rank=self.rank, world_size=self.world_size, stop=stop)
 
     def _settings(self) -> dict[str, Any]:
@@ -216,9 +216,7 @@ class PairLoader:
                 return self._loaded(example, slot.size, epoch, time)
             except BrokenExample as error:
                 self.broken.add(example, error, out_of=(start + len(examples)) / self.world_size)
-        raise ValueError(
-            f"none of {len(slot.order)} examples of size {slot.size} can be used; see the warnings before"
-        )
+        raise ValueError(f"none of {len(slot.order)} examples of size {slot.size} can be used; see the warnings")
 
     def _loaded(self, example: Example, size: Size, epoch: int, time: int) -> Example:
         """Returns the example with a caption and pixels or latents, as it comes for the `time`-th time in an epoch.
@@ -238,7 +236,7 @@ class PairLoader:
         identity, pixels, latents = content_id(fetched), None, None
         if self.latents is None:
             pixels = self._pixels(fetched, size, identity, epoch, time)
-        elif (latents := self.latents.get(self._latents_name(identity, size))) is None:
+        elif (latents := self.latents.get(_latents_name(identity, size))) is None:
             raise BrokenExample("its latents are not in the cache: it was broken, or not there, when that was filled")
         drawn: Any = {"caption": caption, "pixels": pixels, "latents": latents, "image_id": identity, "size": size}
         return replace(example, image=None, **drawn)
@@ -249,7 +247,6 @@ class PairLoader:
         flip = self.framing.flip and draw_uniform(*key, "flip") < 0.5
         return render(decode(fetched), size, crop_at=crop_at, flip=flip)
 
-    def _latents_name(self, image_id: int, size: Size) -> str:
-        """Returns the name of an image in the cache of latents, with its size where images have several."""
-        name = f"image-{image_id:016x}"
-        return f"{name}-{size[0]}x{size[1]}" if self.framing.further_resolutions else name
+
+def _latents_name(image_id: int, size: Size) -> str:
+    return f"image-{image_id:016x}-{size[0]}x{size[1]}"
