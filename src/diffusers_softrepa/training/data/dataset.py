@@ -225,7 +225,7 @@ class Examples:
     def _without_images(self) -> Iterator[Example]:
         for part, end in zip(self._parts, self._ends, strict=True):
             rows, columns = part.rows, replace(part.columns, image=None)
-            if is_plain(rows):
+            if _is_plain(rows):
                 rows = rows.select_columns(columns.stored(rows.column_names or ()))
                 yield from (columns.example(row, number) for number, row in enumerate(rows))
             else:
@@ -276,7 +276,7 @@ def open_examples(
     return Examples(parts, source=data if isinstance(data, str) else None)
 
 
-def is_plain(rows: Any) -> bool:
+def _is_plain(rows: Any) -> bool:
     """Returns whether the columns are stored ones, not made by the user's `set_transform`."""
     if isinstance(rows, datasets.Dataset):
         return rows.format["type"] != "custom"
@@ -285,7 +285,7 @@ def is_plain(rows: Any) -> bool:
 
 def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negatives: str | None) -> Part:
     """Finds the columns of rows, and checks the first row, or all rows of a list."""
-    if is_plain(rows):  # decoded here, so that a broken image can be told from a broken data set
+    if _is_plain(rows):  # decoded here, so that a broken image can be told from a broken data set
         for name, feature in (rows.features or {}).items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -299,7 +299,7 @@ def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negat
         columns.example(row, number)
     with suppress(BrokenExample):  # skipped and counted when it is its turn
         image_size(columns.example(first, 0).image)
-    return Part(rows.select_columns(columns.stored(first)) if is_plain(rows) else rows, columns, weight)
+    return Part(rows.select_columns(columns.stored(first)) if _is_plain(rows) else rows, columns, weight)
 
 
 def _load(data: Any, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:

@@ -176,10 +176,10 @@ def content_id(fetched: bytes | Image.Image) -> int:
         BrokenExample: It is a PIL image whose file is cut off or gone.
     """
     if isinstance(fetched, Image.Image):
-        header = f"{fetched.mode} {fetched.size} {fetched.getpalette()} "
         try:
             with _LOADING:  # two rows may share one PIL image, and loading it twice at once breaks it
                 fetched.load()
+            header = f"{fetched.mode} {fetched.size} {fetched.getpalette()} "
             fetched = header.encode() + fetched.tobytes()
         except Exception as error:
             raise BrokenExample(f"it cannot be decoded: {error}") from error

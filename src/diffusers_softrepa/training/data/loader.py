@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, final
@@ -193,18 +193,14 @@ class PairLoader:
         if self.num_workers == 0:
             yield from ([self._load(slot, epoch) for slot in slots] for slots in order)
             return
-        planner, workers = ThreadPoolExecutor(1), ThreadPoolExecutor(self.num_workers)
-
-        def start_batch() -> list[Future[Example]]:
-            return [workers.submit(self._load, slot, epoch) for slot in next(order, [])]
-
+        workers = ThreadPoolExecutor(self.num_workers)
         try:
-            started = deque(planner.submit(start_batch) for _ in range(_BATCHES_AHEAD))
-            while batch := started.popleft().result():
-                yield [row.result() for row in batch]
-                started.append(planner.submit(start_batch))
+            batches = ([workers.submit(self._load, slot, epoch) for slot in slots] for slots in order)
+            started = deque(islice(batches, _BATCHES_AHEAD))
+            while started:
+                yield [row.result() for row in started.popleft()]
+                started.extend(islice(batches, 1))
         finally:
-            planner.shutdown(cancel_futures=True)
             workers.shutdown(cancel_futures=True)
 
     def _load(self, slot: Slot, epoch: int) -> Example:

@@ -136,6 +136,8 @@ class PairSampler:
     def __post_init__(self) -> None:
         self._sizes: Sequence[tuple[Size, ...]] = ()  # of each example, if their number is known
         if self.examples.count is not None:
+            if self.framing.aspect_buckets:
+                logger.info("reading the sizes of %d images from their headers", len(self.examples))
             whole = Block(0, self.examples)
             self._sizes = self._read_sizes(whole)
             counts = Counter(slot.size for slot in self._slots(whole, epoch=0))  # as in every epoch
@@ -217,7 +219,6 @@ class PairSampler:
                 self.broken.add(example, error, out_of=block.start + count)
                 return ()
 
-        logger.info("reading the sizes of %d images from their headers", count)
         with ThreadPoolExecutor(8) as threads:
             return list(threads.map(read, range(count)))
 
