@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -176,10 +176,8 @@ class Examples:
     @property
     def weights(self) -> list[tuple[range, float]]:
         """How often the examples of each range come in an epoch; empty for a stream, whose examples come once."""
-        if self._streamed:
-            return []
-        ends = zip(self._parts, self._ends, strict=True)
-        return [(range(end - len(part.rows), end), part.weight) for part, end in ends]
+        parts = [] if self._streamed else zip(self._parts, self._ends, strict=True)
+        return [(range(end - len(part.rows), end), part.weight) for part, end in parts]
 
     def blocks(self, *, block_size: int, seed: int | None = None) -> Iterator[Block]:
         """Yields the examples of one epoch, in one block, or in several for a stream.
@@ -219,8 +217,8 @@ class Examples:
 
     def captions(self) -> Iterator[str]:
         """Yields every caption and written negative once, by reading the data set without its images."""
-        read = self._without_images()
-        return iter(dict.fromkeys(text for each in read for text in (*each.captions, *each.negative_captions)))
+        texts = ((*example.captions, *example.negative_captions) for example in self._without_images())
+        return iter(dict.fromkeys(chain.from_iterable(texts)))
 
     def _without_images(self) -> Iterator[Example]:
         for part, end in zip(self._parts, self._ends, strict=True):

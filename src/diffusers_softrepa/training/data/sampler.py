@@ -138,9 +138,9 @@ class PairSampler:
         if self.examples.count is not None:
             if self.framing.aspect_buckets:
                 logger.info("reading the sizes of %d images from their headers", len(self.examples))
-            whole = Block(0, self.examples)
-            self._sizes = self._read_sizes(whole)
-            counts = Counter(slot.size for slot in self._slots(whole, epoch=0))  # as in every epoch
+            sizes = self._sizes = self._read_sizes(Block(0, self.examples))
+            entries = self._entries(sizes, epoch=0)  # those of every epoch have as many of each size
+            counts = Counter(sizes[place][time % len(sizes[place])] for place, time in entries if sizes[place])
             self.size_counts = {size: counts[size] for size in self.framing.sizes if counts[size]}
             self._check_counts(self.size_counts)
         if self.framing.aspect_buckets:
@@ -183,9 +183,8 @@ class PairSampler:
         entries = []
         for places, weight in self.examples.weights or [(range(len(sizes)), 1.0)]:
             further = self._in_turn(places, weight % 1, sizes, epoch)
-            for place in places:
-                times = len(self.framing.resolutions) * (int(weight) + (place in further))
-                entries += [(place, time) for time in range(times)]
+            often, resolutions = int(weight), len(self.framing.resolutions)
+            entries += [(p, time) for p in places for time in range(resolutions * (often + (p in further)))]
         return entries
 
     def _in_turn(self, places: Iterable[int], share: float, sizes: Sequence[Any], epoch: int) -> set[int]:
