@@ -225,6 +225,12 @@ def test_what_holds_no_picture_is_a_broken_example(image, message):
         decode(fetch(image))
 
 
+def test_an_opened_image_whose_file_is_cut_off_is_a_broken_example():
+    for use in (content_id, decode):
+        with pytest.raises(BrokenExample, match="cannot be decoded: image file is truncated"):
+            use(Image.open(io.BytesIO(JPEG[: len(JPEG) // 2])))
+
+
 def test_an_image_of_size_zero_is_broken():
     with pytest.raises(BrokenExample, match="its size is 3 x 0"):
         decode(Image.new("RGB", (0, 3)))
