@@ -288,12 +288,14 @@ def test_whatever_replaces_an_example_is_tried_once_and_from_far_away_first(coun
 
 @pytest.mark.parametrize("kind", ["stored", "stream"])
 @pytest.mark.parametrize("framing", [SQUARE, BUCKETS], ids=["one size", "buckets"])
-def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, caplog):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, batch_size, caplog):
     make = {"stored": stored, "stream": streamed}[kind]
-    whole, damaged = (loader(make(rows), framing, max_broken=2, batch_size=1) for rows in (ROWS, broken(3, 7)))
+    options = {"max_broken": 2, "batch_size": batch_size}
+    whole, damaged = (loader(make(rows), framing, **options) for rows in (ROWS, broken(3, 7)))
     for _ in range(2):
         batches, others = list(whole), list(damaged)
-        assert len(damaged.broken.names) == 2
+        assert len(damaged.broken.names) == len({3, 7} & set(numbers(batches))) >= 3 - batch_size
         for batch, other in zip(batches, others, strict=True):
             assert size(batch) == size(other) and len(batch) == len(other)
             for number, caption, replaced in zip(numbers([batch]), captions(batch), captions(other), strict=True):
@@ -301,7 +303,8 @@ def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, caplog
                 assert replaced.split()[0] not in ("3", "7")
     named = [record.getMessage() for record in caplog.records]
     assert len(named) == len(set(named))
-    assert {message.partition("(")[2].partition(")")[0] for message in named} == {"3.png", "7.png"}
+    found = {message.partition("(")[2].partition(")")[0] for message in named}
+    assert found == {"3.png", "7.png"} or (found < {"3.png", "7.png"} and batch_size > 1)
     assert all("is broken and skipped: it cannot be decoded" in message for message in named)
 
 
