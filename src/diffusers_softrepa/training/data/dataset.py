@@ -113,14 +113,15 @@ class Columns:
         for found, columns in ((captions, self.captions), (negatives, [self.negative_captions or ""])):
             for column in filter(None, columns):
                 value = row[column] if column in row else _entry(row, column, name)
-                if value is None or isinstance(value, str | float):
-                    value = [value if value == value else None]  # NaN is what tables have for no text
-                if not isinstance(value, list | tuple) or not all(isinstance(text, str | None) for text in value):
+                if isinstance(value, float) and math.isnan(value):  # as tables have it for no text
+                    value = None
+                texts = [value] if value is None or isinstance(value, str) else value
+                if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
                     raise TypeError(
                         f"captions must be strings or lists of strings, but column {column!r} of {name} holds "
                         f"{value!r:.80}; choose another column, or one entry of it as 'column.entry'"
                     )
-                texts = (text.strip()[:LONGEST_CAPTION] for text in value if text and not _SURROGATE.search(text))
+                texts = [text.strip()[:LONGEST_CAPTION] for text in texts if text and not _SURROGATE.search(text)]
                 found += filter(None, texts)
         return Example(number, image, tuple(captions), tuple(negatives), name)
 
