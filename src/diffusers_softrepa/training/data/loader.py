@@ -209,12 +209,12 @@ class PairLoader:
         for place, time in slot.candidates():
             example = examples[place]
             try:
-                return self._loaded(example, slot.size, epoch, time)
+                return self._read(example, slot.size, epoch, time)
             except BrokenExample as error:
                 self.broken.add(example, error, out_of=(start + len(examples)) / self.world_size)
         raise ValueError(f"none of {len(slot.order)} examples of size {slot.size} can be used; see the warnings")
 
-    def _loaded(self, example: Example, size: Size, epoch: int, time: int) -> Example:
+    def _read(self, example: Example, size: Size, epoch: int, time: int) -> Example:
         """Returns the example with a caption and pixels or latents, as it comes for the `time`-th time in an epoch.
 
         Raises:
