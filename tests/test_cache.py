@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_softrepa import files as files_module
 from diffusers_softrepa.training.data import cache as cache_module
-from diffusers_softrepa.training.data.cache import CacheTooLarge, TensorCache, estimate, fill, model_fingerprint
+from diffusers_softrepa.training.data.cache import CacheTooLarge, TensorCache, estimate, model_fingerprint
 
 NAMES = [f"a caption, number {number}" for number in range(10)]
 
@@ -34,7 +34,7 @@ def entry(name):
 
 
 def compute(names):
-    return [entry(name) for name in names]
+    return {name: entry(name) for name in names}
 
 
 def files(folder):
@@ -95,31 +95,26 @@ def test_any_text_is_a_name(cache):
 def test_fill_computes_what_is_missing_once_and_in_batches(cache):
     cache.put(NAMES[1], entry(NAMES[1]))
     asked = []
-    written = fill(cache, NAMES + NAMES[:3], lambda names: asked.append(names) or compute(names), batch_size=4)
+    written = cache.fill(NAMES + NAMES[:3], lambda names: asked.append(names) or compute(names), batch_size=4)
     assert (
         written == 9 and [len(names) for names in asked] == [4, 4, 1] and all(NAMES[1] not in names for names in asked)
     )
     assert cache.missing(NAMES) == [] and cache.missing(["new", NAMES[0], "new"]) == ["new"]
     for name in NAMES:
         assert_close(cache.get(name), entry(name))
-    assert fill(cache, NAMES, pytest.fail, batch_size=4) == 0
+    assert cache.fill(NAMES, pytest.fail, batch_size=4) == 0
 
 
 def test_processes_share_the_filling(cache):
-    assert [fill(cache, NAMES, compute, batch_size=4, rank=rank, world_size=3) for rank in range(3)] == [4, 3, 3]
+    assert [cache.fill(NAMES, compute, batch_size=4, rank=rank, world_size=3) for rank in range(3)] == [4, 3, 3]
 
 
 def test_what_cannot_be_computed_is_left_out(cache):
     def without_the_first(names):
-        return [None if name == NAMES[0] else entry(name) for name in names]
+        return {name: entry(name) for name in names if name != NAMES[0]}
 
-    assert fill(cache, NAMES, without_the_first, batch_size=3) == 9
+    assert cache.fill(NAMES, without_the_first, batch_size=3) == 9
     assert cache.missing(NAMES) == [NAMES[0]]
-
-
-def test_compute_must_answer_for_every_name(cache):
-    with pytest.raises(ValueError, match="one entry per name but got 4 names, 1 entries"):
-        fill(cache, NAMES, lambda names: compute(names)[:1], batch_size=4)
 
 
 # The bound.
@@ -127,7 +122,7 @@ def test_compute_must_answer_for_every_name(cache):
 
 def test_the_estimate_is_announced_and_holds(cache, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        fill(cache, NAMES, compute, batch_size=4)
+        cache.fill(NAMES, compute, batch_size=4)
     assert len(caplog.records) == 1
     assert "10 entries of 4.1 KB take 41 KB; 0 B are in" in caplog.text and "free" in caplog.text
     meta = {"hidden": torch.empty(7, 16, dtype=torch.bfloat16, device="meta"), "mask": torch.empty(7, device="meta")}
@@ -141,32 +136,32 @@ def test_the_bound_holds_when_the_cache_is_filled_step_by_step(tmp_path, monkeyp
     count = bounded.num_bytes
     monkeypatch.setattr(TensorCache, "num_bytes", lambda cache: counted.append(cache) or count())
     for name in NAMES[:5]:
-        fill(bounded, [name], compute, batch_size=4)
+        bounded.fill([name], compute, batch_size=4)
     with pytest.raises(CacheTooLarge, match=r"the cache may take 20\.5 KB, but 1 entries"):
-        fill(bounded, NAMES[5:6], compute, batch_size=4)
-    assert fill(bounded, NAMES[:5], pytest.fail, batch_size=4) == 0
+        bounded.fill(NAMES[5:6], compute, batch_size=4)
+    assert bounded.fill(NAMES[:5], pytest.fail, batch_size=4) == 0
     assert len(counted) == 1  # not a look through the whole cache at every step
 
 
 def test_a_cache_above_its_bound_is_refused_before_anything_is_written(tmp_path):
     bounded = TensorCache(tmp_path, {}, max_cache_bytes=40959)
     with pytest.raises(CacheTooLarge, match=r"may take 41 KB, but 10 entries .* raise max_cache_bytes, delete what"):
-        fill(bounded, NAMES, compute, batch_size=4)
+        bounded.fill(NAMES, compute, batch_size=4)
     assert files(tmp_path) == []
-    assert fill(bounded, NAMES[:9], compute, batch_size=4) == 9
+    assert bounded.fill(NAMES[:9], compute, batch_size=4) == 9
 
 
 def test_the_bound_counts_what_other_settings_left(cache, tmp_path):
-    fill(cache, NAMES, compute, batch_size=4)
+    cache.fill(NAMES, compute, batch_size=4)
     with pytest.raises(CacheTooLarge, match="the cache may take 50 KB"):
-        fill(TensorCache(tmp_path, {"other": 1}, max_cache_bytes=50_000), NAMES, compute, batch_size=4)
+        TensorCache(tmp_path, {"other": 1}, max_cache_bytes=50_000).fill(NAMES, compute, batch_size=4)
 
 
 def test_a_cache_larger_than_the_free_disk_is_refused(cache, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 9000, 9000)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CacheTooLarge, match=r"take 41 KB, but .* the disk has 9 KB free; choose another disk"):
-        fill(cache, NAMES, compute, batch_size=4)
+        cache.fill(NAMES, compute, batch_size=4)
     assert files(cache.folder) == []
 
 
@@ -174,7 +169,7 @@ def test_a_cache_larger_than_the_free_disk_is_refused(cache, monkeypatch):
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_whole_entries(cache, monkeypatch):
-    fill(cache, NAMES[:2], compute, batch_size=1)
+    cache.fill(NAMES[:2], compute, batch_size=1)
 
     @contextmanager
     def full(path, **_):
@@ -187,19 +182,19 @@ def test_a_full_disk_is_a_clear_error_and_leaves_whole_entries(cache, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(files_module, "whole_file", full)
         with pytest.raises(OSError, match=r"the disk is full: .* what is there stays") as caught:
-            fill(cache, NAMES, compute, batch_size=1)
+            cache.fill(NAMES, compute, batch_size=1)
     assert caught.value.errno == errno.ENOSPC
     assert len(files(cache.folder)) == 2 and list(cache.folder.rglob("*.partial")) == []
-    assert fill(cache, NAMES, compute, batch_size=4) == 8
+    assert cache.fill(NAMES, compute, batch_size=4) == 8
 
 
 FILL_FOREVER = """
 import sys, torch
-from diffusers_softrepa.training.data.cache import TensorCache, fill
+from diffusers_softrepa.training.data.cache import TensorCache
 print("ready", flush=True)
 def compute(names):
-    return [{"x": torch.full((50_000,), float(name))} for name in names]
-fill(TensorCache(sys.argv[1], {"model": "tiny"}), map(str, range(3000)), compute, batch_size=1)
+    return {name: {"x": torch.full((50_000,), float(name))} for name in names}
+TensorCache(sys.argv[1], {"model": "tiny"}).fill(map(str, range(3000)), compute, batch_size=1)
 """
 
 
@@ -218,24 +213,23 @@ def test_killed_in_the_middle_it_holds_whole_entries_and_goes_on(cache, tmp_path
     for name in set(names) - set(missing):
         assert torch.equal(cache.get(name)["x"], torch.full((50_000,), float(name)))
     asked = []
-    fill(
-        cache,
+    cache.fill(
         names[: whole + 5],
-        lambda batch: asked.extend(batch) or [{"x": torch.ones(1)}] * len(batch),
+        lambda batch: asked.extend(batch) or {name: {"x": torch.ones(1)} for name in batch},
         batch_size=9,
     )
     assert asked == missing[:5]
 
 
 def test_a_damaged_file_counts_as_missing_and_is_made_anew(cache, caplog):
-    fill(cache, NAMES, compute, batch_size=4)
+    cache.fill(NAMES, compute, batch_size=4)
     damaged = files(cache.folder)[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     files(cache.folder)[1].write_bytes(b"")
     missing = cache.missing(NAMES)
     assert len(missing) == 2 and cache.get(missing[0]) is None
     assert "is damaged" in caplog.text and "counts as missing" in caplog.text
-    assert fill(cache, NAMES, compute, batch_size=4) == 2
+    assert cache.fill(NAMES, compute, batch_size=4) == 2
     assert_close(cache.get(missing[0]), entry(missing[0]))
 
 
@@ -245,7 +239,7 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(cache):
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    fill(cache, NAMES, compute, batch_size=4)
+    cache.fill(NAMES, compute, batch_size=4)
     assert not old.exists() and new.exists()
 
 
@@ -263,7 +257,6 @@ def test_a_fingerprint_is_that_of_the_model():
     same = model_fingerprint(encoder)
     assert same == model_fingerprint(text_encoder()) == model_fingerprint(encoder.eval())
     others = {
-        "name": model_fingerprint(encoder, "some/model"),
         "config": model_fingerprint(text_encoder(layer_norm_eps=1e-3)),
         "dtype": model_fingerprint(text_encoder().to(torch.bfloat16)),
         "class": model_fingerprint(nn.Linear(2, 2)),
@@ -281,7 +274,7 @@ def test_a_fingerprint_of_weights_that_are_not_in_memory_is_that_of_the_config()
 
 
 def test_an_entry_is_read_without_its_neighbours(cache):
-    fill(cache, NAMES, compute, batch_size=4)
+    cache.fill(NAMES, compute, batch_size=4)
     for file in files(cache.folder):
         with safe_open(file, "pt") as opened:
             assert sorted(opened.keys()) == ["hidden", "mask"]

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from diffusers_softrepa.training.data.dataset import open_examples
+from diffusers_softrepa.training.data.dataset import LONGEST_CAPTION, open_examples
 from diffusers_softrepa.training.data.image import content_id, decode, fetch
 
 COUNT = 7
@@ -62,8 +62,10 @@ class Pairs:
 
 def read_all(examples, block_size=3):
     blocks = list(examples.blocks(block_size=block_size))
-    assert [block.start for block in blocks] == [sum(b.size for b in blocks[:n]) for n in range(len(blocks))]
-    return [block.read(place) for block in blocks for place in range(block.size)]
+    assert [block.start for block in blocks] == [sum(len(b.examples) for b in blocks[:n]) for n in range(len(blocks))]
+    read = [block.examples[place] for block in blocks for place in range(len(block.examples))]
+    assert [example.number for example in read] == list(range(len(read)))
+    return read
 
 
 SOURCES = {
@@ -134,7 +136,7 @@ def test_text_shards_are_read_by_their_extension(tmp_path):
 
 def test_a_seed_draws_the_order_of_the_shards_of_a_stream():
     examples = open_examples(table().to_iterable_dataset(num_shards=COUNT))
-    orders = [[block.read(0).captions for block in examples.blocks(block_size=1, seed=seed)] for seed in (1, 1, 2)]
+    orders = [[block.examples[0].captions for block in examples.blocks(block_size=1, seed=seed)] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(map(tuple, CAPTIONS))
 
@@ -150,6 +152,15 @@ def test_hard_negatives_come_from_the_column_that_is_named_and_from_no_other():
 def test_empty_captions_are_left_out_and_the_others_stripped():
     rows = [{"image": IMAGES[0], "text": ["", None, " red\n", "  "]}, {"image": IMAGES[1], "text": None}]
     assert [example.captions for example in read_all(open_examples(rows))] == [("red",), ()]
+
+
+def test_captions_and_negatives_longer_than_text_encoders_read_are_cut():
+    long = "a red cat, " * 10_000
+    rows = [{"image": RED, "text": [long, "red"], "no": f"  {long}"}]
+    (example,) = read_all(open_examples(rows, negative_caption_column="no"))
+    assert example.captions == (long[:LONGEST_CAPTION], "red")
+    assert example.negative_captions == (long[:LONGEST_CAPTION],)
+    assert LONGEST_CAPTION >= 16 * 1024  # of 1,024 tokens, the most that a family reads, few have 16 characters
 
 
 def test_every_caption_is_named_once_for_the_text_cache():
@@ -217,8 +228,8 @@ def test_bad_input_is_refused_at_once(data, options, error, message):
     ("lines", "message"),
     [
         (['{"file_name": "0.png", "text": "a"}', "{"], "line 2 of .*metadata.jsonl is not JSON"),
-        (['{"text": "a"}'], "must be a JSON object with a file_name, such as .* line 1 is"),
-        (["[1]"], "must be a JSON object with a file_name"),
+        (['{"text": "a"}'], r"every row of .* must name an image file, as \{\"file_name\": .* but line 1 is"),
+        (["[1]"], "must name an image file, as .* does, but line 1 is"),
         (
             [json.dumps({"file_name": f"{n}.png", "text": "a"}) for n in range(0, 2 * COUNT, 2)],
             r"names 3 of 7 files that do not exist: 8.png \(line 5\), 10.png",

@@ -85,8 +85,7 @@ def test_however_a_folder_is_laid_out_the_examples_are_the_same(layout: str, tmp
     LAYOUTS[layout](tmp_path)
     examples = open_examples(str(tmp_path))
     assert examples.count == COUNT
-    (block,) = examples.blocks(block_size=1)
-    read = [block.read(place) for place in range(COUNT)]
+    read = [examples[number] for number in range(COUNT)]
     assert [example.captions for example in read] == [(caption,) for caption in CAPTIONS]
     assert [decode(fetch(example.image)).getpixel((0, 0))[0] for example in read] == [0, 10, 20]
     assert list(examples.captions()) == CAPTIONS
@@ -103,8 +102,7 @@ def test_each_line_of_a_caption_file_is_a_caption_and_only_a_newline_ends_one(tm
     images(tmp_path)
     for name in NAMES:
         (tmp_path / name).with_suffix(".txt").write_text("one\u2028still one\x0b\x85\n\n two \n", encoding="utf-8")
-    (block,) = open_examples(tmp_path).blocks(block_size=1)
-    assert block.read(0).captions == ("one\u2028still one", "two")
+    assert open_examples(tmp_path)[0].captions == ("one\u2028still one", "two")
 
 
 def epoch(examples, **framing) -> list[str]:
@@ -157,8 +155,8 @@ def test_half_a_character_makes_a_caption_none(tmp_path: Path):
     table = rows()
     table[1]["text"] = "a cat \ud83d"
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
-    (block,) = open_examples(tmp_path).blocks(block_size=1)
-    assert [block.read(place).captions for place in range(COUNT)] == [(CAPTIONS[0],), (), (CAPTIONS[2],)]
+    examples = open_examples(tmp_path)
+    assert [examples[number].captions for number in range(COUNT)] == [(CAPTIONS[0],), (), (CAPTIONS[2],)]
 
 
 def test_what_is_not_recognised_is_shown_with_an_example_that_works(tmp_path: Path):

@@ -82,11 +82,35 @@ def test_text_encoders_stay_off_the_device_but_while_captions_are_encoded(tmp_pa
     run = trainer(tmp_path / "one", cache_text=True, cache_dir=str(tmp_path / "cache"), **SHORT)
     with preparation.prepared(run.pipeline, run.args, run.accelerator.device):
         assert "transformer" in placed and not any(name.startswith("text_encoder") for name in placed)
-        run.encoder.fill(run.train_examples, run.accelerator, eval_examples=run.eval_examples)
+        run.encoder.fill(run.loader, run.accelerator, eval_examples=run.eval_examples)
         assert sum(name.startswith("text_encoder") for name in placed) == 6  # there and back
         run.encoder.encode_captions(list(run.eval_examples.captions()))
         assert sum(name.startswith("text_encoder") for name in placed) == 6
     assert sum(name.startswith("text_encoder") for name in placed) == 9  # with the rest, to sample
+
+
+def test_a_step_costs_no_more_the_longer_a_caption_is(tmp_path: Path):
+    """Tokenizers go through the whole text at each step, so what they get is what a caption costs."""
+    given: dict[int, int] = {}
+    for length in (20_000, 40_000):
+        long = [{**row, "text": (f"{number} " + length * "cat ")[:length]} for number, row in enumerate(rows())]
+        run = trainer(tmp_path / str(length), long, eval_steps=9, save_steps=9, max_steps=1)
+        encode, given[length] = run.conditioner.encode_captions, 0
+
+        def record(captions: Any, length: int = length, encode: Any = encode) -> Any:
+            given[length] += sum(map(len, captions))
+            return encode(captions)
+
+        run.conditioner.encode_captions = record
+        run.train()
+    assert given[20_000] == given[40_000] > 0
+
+
+def test_a_caption_that_is_cut_has_the_conditions_of_the_whole(tmp_path: Path):
+    run, long = trainer(tmp_path, max_sequence_length=512), "".join(f"{number} cats " for number in range(3000))
+    cut = open_examples([{**rows(1)[0], "text": long}])[0].captions[0]
+    assert len(cut) < len(long.strip()) and long.startswith(cut)
+    assert_close(run.encoder.encode_captions([cut]), run.encoder.encode_captions([long]), rtol=0, atol=0)
 
 
 def test_empty_prompts_take_their_share_in_training_and_none_in_evaluation(tmp_path: Path):

@@ -14,14 +14,13 @@ from torch.testing import assert_close
 from diffusers_softrepa.training.data import loader as loader_module
 from diffusers_softrepa.training.data.cache import TensorCache
 from diffusers_softrepa.training.data.dataset import open_examples
-from diffusers_softrepa.training.data.encode import fill_latents
 from diffusers_softrepa.training.data.image import Framing
 from diffusers_softrepa.training.data.loader import PairLoader
 from diffusers_softrepa.training.data.sampler import Slot, draw, draw_uniform
 
 COUNT = 14
-SQUARE = Framing(16, multiple_of=8, crop="random", flip=True)
-BUCKETS = Framing(32, aspect_buckets=True, multiple_of=8, crop="random")
+SQUARE = Framing(16, multiple_of=8, random_crop=True, flip=True)
+BUCKETS = Framing(32, aspect_buckets=True, multiple_of=8, random_crop=True)
 DRAWS = np.random.default_rng(0)
 
 
@@ -137,7 +136,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_one_others(make):
 
 @every_kind
 def test_threads_change_nothing(make):
-    plain, threaded = make(), make(num_workers=3, prefetch=4)
+    plain, threaded = make(), make(num_workers=3)
     for _ in range(2):
         assert_equal(list(plain), list(threaded))
 
@@ -189,21 +188,21 @@ def test_any_number_of_processes_makes_the_same_global_batches(make, world_size)
 @every_kind
 def test_every_image_is_in_an_epoch_once(make):
     for _ in range(2):
-        assert sorted(numbers(make(drop_last=False))) == list(range(COUNT))
+        assert sorted(numbers(make(batch_size=1))) == list(range(COUNT))
         dropped = numbers(make())
         assert len(set(dropped)) == len(dropped) >= COUNT - 3 * 2
 
 
 @every_kind
 def test_epochs_differ_in_order_and_caption(make):
-    examples = make(drop_last=False)
+    examples = make(batch_size=1)
     first, second = list(examples), list(examples)
     assert numbers(first) != numbers(second)
     drawn = [{int(text.split()[0]): text for batch in epoch for text in captions(batch)} for epoch in (first, second)]
     assert 0 < sum(drawn[0][number] != drawn[1][number] for number in range(COUNT)) < COUNT
 
 
-@pytest.mark.parametrize("drawn", [{"crop": "random"}, {"flip": True}, {}], ids=["crop", "flip", "nothing"])
+@pytest.mark.parametrize("drawn", [{"random_crop": True}, {"flip": True}, {}], ids=["crop", "flip", "nothing"])
 def test_crops_and_flips_are_drawn_anew_in_every_epoch(drawn):
     examples = loader(framing=Framing(16, multiple_of=8, **drawn), shuffle=False)
     (first, *_), (second, *_) = list(examples), list(examples)
@@ -213,31 +212,32 @@ def test_crops_and_flips_are_drawn_anew_in_every_epoch(drawn):
 
 @pytest.mark.parametrize("framing", [SQUARE, BUCKETS], ids=["one size", "buckets"])
 def test_in_stored_order_a_stream_gives_the_batches_of_a_table(framing):
-    table, stream = (loader(make(), framing, shuffle=False, drop_last=False) for make in (stored, streamed))
-    for _ in range(2):
-        assert_equal(list(table), list(stream))
+    for batch_size in (1, 3):
+        table, stream = (loader(make(), framing, shuffle=False, batch_size=batch_size) for make in (stored, streamed))
+        for _ in range(2):
+            assert_equal(list(table), list(stream))
 
 
 def test_a_buffer_as_long_as_the_stream_mixes_all_of_it():
-    stream = numbers(loader(streamed(), shuffle_buffer=100, drop_last=False))
+    stream = numbers(loader(streamed(), shuffle_buffer=100, batch_size=1))
     assert sorted(stream) == list(range(COUNT)) and max(stream[:7]) > 9 and min(stream[7:]) < 4
 
 
 @pytest.mark.parametrize("kind", ["stored, buckets", "stream, buckets"])
 def test_each_batch_is_of_one_bucket(kind):
     sizes = set()
-    for batch in KINDS[kind](drop_last=False):
+    for batch in KINDS[kind]():
         assert pixels(batch).shape[-2:] == size(batch)
         assert size(batch) in BUCKETS.sizes
         for number in numbers([batch]):
-            assert BUCKETS.size_of(SHAPES[number % 4]) == size(batch)
+            assert BUCKETS.sizes_of(SHAPES[number % 4]) == (size(batch),)
         sizes.add(size(batch))
     assert len(sizes) == 3
 
 
 @every_kind
 def test_the_length_is_the_number_of_batches(make):
-    for options in ({}, {"drop_last": False}, {"batch_size": 4}):
+    for options in ({}, {"batch_size": 1}, {"batch_size": 4}):
         examples = make(**options)
         if examples.order.size_counts is None:
             with pytest.raises(TypeError, match="the length of a stream shows at its end"):
@@ -288,12 +288,14 @@ def test_whatever_replaces_an_example_is_tried_once_and_from_far_away_first(coun
 
 @pytest.mark.parametrize("kind", ["stored", "stream"])
 @pytest.mark.parametrize("framing", [SQUARE, BUCKETS], ids=["one size", "buckets"])
-def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, caplog):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, batch_size, caplog):
     make = {"stored": stored, "stream": streamed}[kind]
-    whole, damaged = (loader(make(rows), framing, max_broken=2, drop_last=False) for rows in (ROWS, broken(3, 7)))
+    options = {"max_broken": 2, "batch_size": batch_size}
+    whole, damaged = (loader(make(rows), framing, **options) for rows in (ROWS, broken(3, 7)))
     for _ in range(2):
         batches, others = list(whole), list(damaged)
-        assert damaged.num_broken == 2
+        assert len(damaged.broken.names) == len({3, 7} & set(numbers(batches))) >= 3 - batch_size
         for batch, other in zip(batches, others, strict=True):
             assert size(batch) == size(other) and len(batch) == len(other)
             for number, caption, replaced in zip(numbers([batch]), captions(batch), captions(other), strict=True):
@@ -301,7 +303,8 @@ def test_a_broken_image_is_replaced_counted_and_named_once(kind, framing, caplog
                 assert replaced.split()[0] not in ("3", "7")
     named = [record.getMessage() for record in caplog.records]
     assert len(named) == len(set(named))
-    assert {message.partition("(")[2].partition(")")[0] for message in named} == {"3.png", "7.png"}
+    found = {message.partition("(")[2].partition(")")[0] for message in named}
+    assert found == {"3.png", "7.png"} or (found < {"3.png", "7.png"} and batch_size > 1)
     assert all("is broken and skipped: it cannot be decoded" in message for message in named)
 
 
@@ -315,14 +318,14 @@ def test_a_broken_image_of_one_process_moves_no_row_of_another():
 def test_without_its_header_an_image_has_no_bucket_and_is_left_out():
     rows = [{**row, "image": {"bytes": b"?"}} if number == 4 else row for number, row in enumerate(ROWS)]
     for examples in (stored(rows), streamed(rows)):
-        assert sorted(numbers(loader(examples, BUCKETS, max_broken=1, drop_last=False))) == [
+        assert sorted(numbers(loader(examples, BUCKETS, max_broken=1, batch_size=1))) == [
             number for number in range(COUNT) if number != 4
         ]
 
 
 def test_an_example_without_a_caption_is_broken(caplog):
     rows = [{**row, "text": [" "]} if number == 4 else row for number, row in enumerate(ROWS)]
-    assert 4 not in numbers(loader(stored(rows), max_broken=1, drop_last=False))
+    assert 4 not in numbers(loader(stored(rows), max_broken=1, batch_size=1))
     assert "example 4 is broken and skipped: it has no caption" in caplog.text.replace(" (4.png)", "")
 
 
@@ -330,7 +333,7 @@ def test_an_example_without_a_caption_is_broken(caplog):
 @pytest.mark.parametrize("make", [stored, streamed])
 @pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (2, 2), (0.01, 1), (0.5, 7)])
 def test_more_broken_examples_than_allowed_are_an_error(limit, allowed, make, num_workers):
-    options = {"max_broken": limit, "num_workers": num_workers, "shuffle_buffer": 100, "drop_last": False}
+    options = {"max_broken": limit, "num_workers": num_workers, "shuffle_buffer": 100, "batch_size": 1}
     list(loader(make(broken(*range(allowed))), **options))
     with pytest.raises(ValueError, match=f"more than the {allowed} of max_broken={limit}; the last: example"):
         list(loader(make(broken(*range(allowed + 1))), **options))
@@ -353,10 +356,6 @@ def test_wrong_types_in_the_middle_of_a_stream_are_an_error_and_not_a_skip():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1 but got 0"),
-        ({"num_workers": -1}, "num_workers must be at least 0"),
-        ({"rank": 2, "world_size": 2}, "rank must be in 0..world_size - 1"),
-        ({"world_size": 2, "drop_last": False}, "several processes need drop_last=True"),
         ({"max_broken": 1.5}, "max_broken must be a share"),
         ({"batch_size": 15}, "a batch of all processes holds 15 images of one size, but there are only 16x16: 14"),
         ({"batch_size": 8, "framing": BUCKETS}, "there are only 24x40: 4, 32x32: 7, 40x24: 3; use a smaller batch"),
@@ -394,9 +393,9 @@ def encode(pixels):
 @pytest.mark.parametrize("framing", [SQUARE, BUCKETS], ids=["one size", "buckets"])
 def test_cached_latents_are_those_of_the_pixels_of_epoch_zero(framing, tmp_path, monkeypatch):
     cache = TensorCache(tmp_path, {"framing": framing.settings(5)})
-    assert fill_latents(cache, stored(), framing, encode, batch_size=4, seed=5) == COUNT
-    assert fill_latents(cache, stored(), framing, encode, batch_size=4, seed=5) == 0
     plain, cached = loader(framing=framing), loader(framing=framing, latents=cache)
+    assert cached.fill_latents(encode) == COUNT
+    assert cached.fill_latents(encode) == 0
     epochs = [list(plain), list(plain)]
     monkeypatch.setattr(loader_module, "decode", None)  # nothing is decoded
     for epoch in range(2):
@@ -411,22 +410,22 @@ def test_cached_latents_are_those_of_the_pixels_of_epoch_zero(framing, tmp_path,
 
 def test_the_same_image_in_several_rows_is_encoded_once(tmp_path):
     rows = [{"image": ROWS[number % 3]["image"], "text": str(number)} for number in range(9)]
-    assert fill_latents(TensorCache(tmp_path, {}), open_examples(rows), SQUARE, encode, batch_size=4) == 3
+    assert loader(open_examples(rows), latents=TensorCache(tmp_path, {})).fill_latents(encode) == 3
 
 
 def test_a_broken_image_is_left_out_of_the_cache_and_replaced_like_without_one(tmp_path):
     cache, examples = TensorCache(tmp_path, {}), stored(broken(3))
-    assert fill_latents(cache, examples, SQUARE, encode, batch_size=4, seed=5) == COUNT - 1
     plain, cached = (loader(examples, max_broken=1, latents=latents) for latents in (None, cache))
+    assert cached.fill_latents(encode) == COUNT - 1
     assert [captions(batch) for batch in plain] == [captions(batch) for batch in cached]
     with pytest.raises(ValueError, match=r"1 of about 14 examples are broken, more than the 0"):
-        fill_latents(TensorCache(tmp_path, {"other": 1}), examples, SQUARE, encode, batch_size=4, max_broken=0)
+        loader(examples, max_broken=0, latents=TensorCache(tmp_path, {"other": 1})).fill_latents(encode)
 
 
 def test_several_processes_fill_a_cache_together(tmp_path):
     caches = [TensorCache(tmp_path, {}) for _ in range(2)]
     counts = [
-        fill_latents(cache, stored(), BUCKETS, encode, batch_size=4, seed=5, rank=rank, world_size=2)
+        loader(framing=BUCKETS, batch_size=1, latents=cache, rank=rank, world_size=2).fill_latents(encode)
         for rank, cache in enumerate(caches)
     ]
     assert sum(counts) == COUNT and min(counts) > 0
@@ -435,4 +434,4 @@ def test_several_processes_fill_a_cache_together(tmp_path):
 
 def test_a_stream_has_no_cache_of_latents(tmp_path):
     with pytest.raises(ValueError, match="a cache of latents needs a data set of known length"):
-        fill_latents(TensorCache(tmp_path, {}), streamed(), SQUARE, encode, batch_size=4)
+        loader(streamed(), latents=TensorCache(tmp_path, {})).fill_latents(encode)

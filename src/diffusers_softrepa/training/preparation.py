@@ -32,7 +32,7 @@ def make_framing(args: ContrastiveFlowMatchingArguments, conditioner: Conditione
         args.resolution,
         args.aspect_buckets,
         multiple_of=conditioner.image_multiple,
-        crop="random" if args.random_crop else "center",
+        random_crop=args.random_crop,
         flip=args.random_flip,
         further_resolutions=tuple(args.further_resolutions),
     )

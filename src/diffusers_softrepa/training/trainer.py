@@ -372,7 +372,7 @@ class ContrastiveFlowMatchingTrainer:
     def _run(self) -> None:
         """Fills the caches and takes the remaining steps, until the last one or a request to stop."""
         self.encoder.fill(
-            self.train_examples, self.accelerator, eval_examples=self.eval_examples, stop=lambda: self._stop.asked
+            self.loader, self.accelerator, eval_examples=self.eval_examples, stop=lambda: self._stop.asked
         )
         self._stop.stop_if_asked(self.control, self.accelerator)
         if self.control.should_training_stop:

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
@@ -33,11 +33,13 @@ from ...quoting import human_bytes
 
 logger = logging.getLogger(__name__)
 
+ENCODE_BATCH_SIZE = 16
+
 _HEADER_BYTES = 256  # of a file with a few tensors, generously
 _BLOCK_BYTES = 4096  # in which a file system hands out the disk
 _STALE_SECONDS = 3600.0
 
-Entry = dict[str, Tensor]
+Entry = Mapping[str, Tensor]
 
 
 class CacheTooLarge(ValueError):
@@ -70,7 +72,7 @@ class TensorCache:
             return True  # opening reads the header and compares it with the length of the file
         return False
 
-    def get(self, name: str) -> Entry | None:
+    def get(self, name: str) -> dict[str, Tensor] | None:
         """Reads an entry; None if there is none, or its file is damaged."""
         path = self._path(name)
         try:
@@ -82,7 +84,7 @@ class TensorCache:
             logger.warning("the cached %s is damaged (%s) and counts as missing", path, error)
             return None
 
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, name: str, tensors: Entry) -> None:
         """Writes an entry, completely or not at all.
 
         Raises:
@@ -96,6 +98,49 @@ class TensorCache:
         if self._present is not None:
             self._present += _on_disk(len(content))
 
+    def fill(
+        self,
+        names: Iterable[str],
+        encode: Callable[[list[str]], Mapping[str, Entry]],
+        *,
+        batch_size: int = ENCODE_BATCH_SIZE,
+        rank: int = 0,
+        world_size: int = 1,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Computes and stores the missing entries; the size of the first one is announced, or refused, before.
+
+        Args:
+            names: Names of all entries: captions, or names of images.
+            encode: Function from names to their entries; one that cannot be computed is left out.
+            batch_size: Names per call of `encode`; defaults to 16.
+            rank: Number of this process, which computes every `world_size`-th entry; defaults to 0.
+            world_size: Number of processes that fill the cache together; defaults to 1.
+            stop: Function that is called before each batch; filling stops where it returns True.
+
+        Returns:
+            How many entries this process wrote.
+
+        Raises:
+            CacheTooLarge: The entries would not fit.
+            OSError: The disk is full or cannot be written.
+        """
+        names = list(dict.fromkeys(names))
+        missing = dict.fromkeys(self.missing(names))
+        if missing:
+            self._remove_stale()
+        mine = [name for name in names[rank::world_size] if name in missing]
+        written = 0
+        for start in range(0, len(mine), batch_size):
+            if stop():
+                break
+            for name, entry in encode(mine[start : start + batch_size]).items():
+                if not written:
+                    self._check_room(entry, len(missing))
+                self.put(name, entry)
+                written += 1
+        return written
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Returns the names without a complete entry, each once."""
         return [name for name in dict.fromkeys(names) if name not in self]
@@ -104,12 +149,8 @@ class TensorCache:
         """Returns what all caches in the directory take on the disk."""
         return sum(_on_disk(path.stat().st_size) for path in self.folder.parent.glob("*/*/*.safetensors"))
 
-    def announce(self, entry: Mapping[str, Tensor], count: int) -> None:
-        """Logs how much `count` entries like this one will take, before they are written.
-
-        Raises:
-            CacheTooLarge: That is more than `max_cache_bytes` allows, or than the disk has free.
-        """
+    def _check_room(self, entry: Entry, count: int) -> None:
+        """Logs how much `count` entries like this one will take; errors as in `fill`."""
         if self._present is None:
             self._present = self.num_bytes()
         needed, present = estimate(entry, count), self._present
@@ -126,7 +167,7 @@ class TensorCache:
         few = needed < present / 100  # a cache that is filled step by step is not announced at every step
         logger.log(logging.DEBUG if few else logging.INFO, "caching %s: %s; %s", self.folder, what, there)
 
-    def remove_stale(self) -> None:
+    def _remove_stale(self) -> None:
         """Removes files that killed processes left, but none that another process may be writing."""
         for path in self.folder.glob("**/*.partial"):
             with suppress(FileNotFoundError):  # renamed by another process meanwhile
@@ -143,84 +184,26 @@ class TensorCache:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk is full: {human_bytes(len(content))} more of the cache could not be written; what is there "
-                "stays and is used when filling goes on",
-                str(self.folder),
-            ) from error
+            what = f"the disk is full: {human_bytes(len(content))} more of the cache could not be written; what is"
+            raise OSError(error.errno, f"{what} there stays and is used when filling goes on", str(path)) from error
 
 
-def fill(
-    cache: TensorCache,
-    names: Iterable[str],
-    compute: Callable[[list[str]], Sequence[Mapping[str, Tensor] | None]],
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    stop: Callable[[], bool] = lambda: False,
-) -> int:
-    """Computes and stores the missing entries; the size of the first one is announced, or refused, before.
-
-    Args:
-        cache: The cache to fill.
-        names: Names of all entries: captions, or names of images.
-        compute: Function from names to their entries, None for one that cannot be computed and is left out.
-        batch_size: Names per call of `compute`.
-        rank: Number of this process, which computes every `world_size`-th entry.
-        world_size: Number of processes that fill the cache together.
-        stop: Function that is called before each batch; filling stops where it returns True.
-
-    Returns:
-        How many entries this process wrote.
-
-    Raises:
-        CacheTooLarge: The entries would not fit.
-        ValueError: `compute` returned another number of entries than it was asked for.
-        OSError: The disk is full or cannot be written.
-    """
-    names = list(dict.fromkeys(names))
-    missing = dict.fromkeys(cache.missing(names))
-    if missing:
-        cache.remove_stale()
-    mine = [name for name in names[rank::world_size] if name in missing]
-    written = 0
-    for start in range(0, len(mine), batch_size):
-        if stop():
-            break
-        batch = mine[start : start + batch_size]
-        entries = compute(batch)
-        if len(entries) != len(batch):
-            raise ValueError(
-                f"compute must return one entry per name but got {len(batch)} names, {len(entries)} entries"
-            )
-        for name, entry in zip(batch, entries, strict=True):
-            if entry is not None:
-                if not written:
-                    cache.announce(entry, len(missing))
-                cache.put(name, entry)
-                written += 1
-    return written
-
-
-def estimate(entry: Mapping[str, Tensor], count: int) -> int:
+def estimate(entry: Entry, count: int) -> int:
     """Returns the bytes on the disk of `count` entries like this one, whose tensors may be on the `meta` device."""
     return count * _on_disk(sum(tensor.nbytes for tensor in entry.values()) + _HEADER_BYTES)
 
 
-def model_fingerprint(model: nn.Module, name: str = "") -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """Returns a short text that is the same for the same model: a hash of its class, config and some of its weights.
 
-    Args:
-        model: An encoder; weights that are not in memory (`meta`) count by shape and dtype.
-        name: Path or Hub name, if it should count too.
+    Weights that are not in memory (`meta`) count by shape and dtype.
     """
     config = getattr(model, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     config = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    facts = [name, type(model).__name__, config, weights_fingerprint(model)]
-    return fingerprint(json.dumps(facts, sort_keys=True, default=str))
+    return fingerprint(
+        json.dumps([type(model).__name__, config, weights_fingerprint(model)], sort_keys=True, default=str)
+    )
 
 
 def _on_disk(size: int) -> int:

@@ -8,7 +8,8 @@ it. The columns that hold them can be named, and are found by their usual names 
   several such columns; `a.b` for the entry `b` of a column `a` of JSON objects
 - written negatives: only the column that is named
 
-Captions that are empty, or hold half of a character (a lone surrogate), are left out.
+Captions that are empty, or hold half of a character (a lone surrogate), are left out; longer ones than text encoders
+read are cut.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import math
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import datasets
 from torch import Tensor
@@ -34,17 +35,22 @@ from ...quoting import one_line, quoted
 from .folders import TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-_CAPTIONS = "text caption captions txt prompt prompts description caption_text sentence"
+# In characters. Text encoders read some 1,000 tokens at most, but their tokenizers go through all of a text each time.
+LONGEST_CAPTION = 16_384
+
+_IMAGE_COLUMNS = "image jpg jpeg png webp img"
+_CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence"
 _FINGERPRINTED = 64  # examples
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image and its captions; the fields from `caption` on are set by `loader.Reader`.
+    """One image and its captions; the fields from `caption` on are set by `loader.PairLoader`.
 
     Attributes:
+        number: Its number in the data set, or in the epoch of a stream.
         image: Anything that `image.fetch` reads, or the error of the data set; None once it is decoded.
         captions: Captions that are true of the image, without empty ones.
         negative_captions: Written negatives, without empty ones.
@@ -56,6 +62,7 @@ class Example:
         size: Size (H, W) of the pixels.
     """
 
+    number: int
     image: Any
     captions: tuple[str, ...]
     negative_captions: tuple[str, ...]
@@ -68,35 +75,26 @@ class Example:
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Block:
-    """Consecutive examples that can be read in any order.
-
-    Attributes:
-        start: Number of the first example in its epoch.
-        size: Number of examples.
-        read: Function that returns the example at a place in 0..size - 1.
-    """
+class Block(NamedTuple):
+    """Consecutive examples that can be read in any order, and the number of the first one in its epoch."""
 
     start: int
-    size: int
-    read: Callable[[int], Example]
+    examples: Examples | list[Example]
 
 
 @final
 @dataclass(frozen=True)
 class Columns:
-    """The columns that hold images, captions and written negatives."""
+    """The columns that hold images (None to leave them unread), captions and written negatives."""
 
-    image: str
+    image: str | None
     captions: tuple[str, ...]
     negative_captions: str | None = None
 
-    def stored(self, present: Iterable[str], *, images: bool = True) -> list[str]:
+    def stored(self, present: Iterable[str]) -> list[str]:
         """Returns the columns of a data set that must be read."""
-        texts = [*self.captions, *([self.negative_captions] if self.negative_captions else [])]
-        wanted = [self.image, *texts] if images else texts
-        return list(dict.fromkeys(name if name in present else name.split(".")[0] for name in wanted))
+        wanted = [self.image, *self.captions, self.negative_captions]
+        return list(dict.fromkeys(name if name in present else name.split(".")[0] for name in wanted if name))
 
     def example(self, row: Any, number: int) -> Example:
         """Reads one row.
@@ -110,47 +108,42 @@ class Columns:
         path = image.get("path") if isinstance(image, Mapping) else image
         if isinstance(path, str | Path):
             name = f"{name} ({one_line(path)})"
-        return Example(image, *self.texts(row, name), name)
-
-    def texts(self, row: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Returns the captions and the written negatives of one row; errors as in `example`."""
-        if not isinstance(row, Mapping):
-            row = _as_mapping(row)
         captions: list[str] = []
         negatives: list[str] = []
         for found, columns in ((captions, self.captions), (negatives, [self.negative_captions or ""])):
             for column in filter(None, columns):
                 value = row[column] if column in row else _entry(row, column, name)
-                none = value is None or value != value  # NaN is what tables have for no text
-                texts = [None if none else value] if none or isinstance(value, str) else value
+                if isinstance(value, float) and math.isnan(value):  # as tables have it for no text
+                    value = None
+                texts = [value] if value is None or isinstance(value, str) else value
                 if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
                     raise TypeError(
                         f"captions must be strings or lists of strings, but column {column!r} of {name} holds "
                         f"{value!r:.80}; choose another column, or one entry of it as 'column.entry'"
                     )
-                found += [text.strip() for text in texts if text and text.strip() and _is_unicode(text)]
-        return tuple(captions), tuple(negatives)
+                texts = [text.strip()[:LONGEST_CAPTION] for text in texts if text and not _SURROGATE.search(text)]
+                found += filter(None, texts)
+        return Example(number, image, tuple(captions), tuple(negatives), name)
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """One of the data sets that examples come from.
 
     Attributes:
         rows: Anything with `len` and `[]`, or a `datasets.IterableDataset`.
         columns: The columns to read.
-        weight: How often an epoch has each example; with 2.5, a changing half of them three times. Defaults to 1.
+        weight: How often an epoch has each example; with 2.5, a changing half of them three times.
     """
 
     rows: Any
     columns: Columns
-    weight: float = 1.0
+    weight: float
 
 
 @final
 class Examples:
-    """The numbered examples of one or several data sets.
+    """The numbered examples of one or several data sets; those of known length are read with `examples[number]`.
 
     Args:
         parts: The data sets; a stream must be the only one.
@@ -163,20 +156,29 @@ class Examples:
         self._ends = [0] if self._streamed else list(accumulate(len(part.rows) for part in parts))
         self._lock = threading.Lock()  # data sets need not bear to be read by several threads
 
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> Example:
+        place = bisect_right(self._ends, number)
+        part = self._parts[place]
+        try:
+            with self._lock:
+                row = part.rows[number - self._ends[place] + len(part.rows)]
+        except OSError as error:
+            return Example(number, error, (), (), f"example {number}")
+        return part.columns.example(row, number)
+
     @property
     def count(self) -> int | None:
         """Number of different examples; None for a stream."""
-        return None if self._streamed else self._ends[-1]
+        return None if self._streamed else len(self)
 
     @property
     def weights(self) -> list[tuple[range, float]]:
         """How often the examples of each range come in an epoch; empty for a stream, whose examples come once."""
-        if self._streamed:
-            return []
-        starts = [0, *self._ends]
-        return [
-            (range(start, end), part.weight) for start, end, part in zip(starts, self._ends, self._parts, strict=False)
-        ]
+        parts = [] if self._streamed else zip(self._parts, self._ends, strict=True)
+        return [(range(end - len(part.rows), end), part.weight) for part, end in parts]
 
     def blocks(self, *, block_size: int, seed: int | None = None) -> Iterator[Block]:
         """Yields the examples of one epoch, in one block, or in several for a stream.
@@ -186,62 +188,47 @@ class Examples:
             seed: Seed of the order of a stream's shards; defaults to None, which keeps it.
         """
         if not self._streamed:
-            yield Block(0, self._ends[-1], self._read)
+            yield Block(0, self)
             return
         # A buffer of one leaves the order to us but draws the order of the shards.
-        rows = self._parts[0].rows
-        rows = iter(rows if seed is None else rows.shuffle(seed=seed % 2**32, buffer_size=1))
-        start = 0
-        while held := list(islice(rows, block_size)):
-            yield self._block(start, held)
-            start += len(held)
+        rows, columns = self._parts[0].rows, self._parts[0].columns
+        rows = enumerate(rows if seed is None else rows.shuffle(seed=seed % 2**32, buffer_size=1))
+        while held := [columns.example(row, number) for number, row in islice(rows, block_size)]:
+            yield Block(held[0].number, held)
 
     def fingerprint(self) -> str:
         """Returns a hash of the number of examples, and of the content of a few of them, wherever the files lie."""
-        block = next(self.blocks(block_size=_FINGERPRINTED), Block(0, 0, self._read))
         digest = hashlib.sha256(repr((self.count, [(part.columns, part.weight) for part in self._parts])).encode())
-        for place in range(0, block.size, max(1, block.size // _FINGERPRINTED)):
-            example = block.read(place)
-            with suppress(BrokenExample):
-                digest.update(str(content_id(fetch(example.image))).encode())
-            digest.update(repr((example.captions, example.negative_captions)).encode())
+        for _, examples in islice(self.blocks(block_size=_FINGERPRINTED), 1):
+            for place in range(0, len(examples), max(1, len(examples) // _FINGERPRINTED)):
+                example = examples[place]
+                with suppress(BrokenExample):
+                    digest.update(str(content_id(fetch(example.image))).encode())
+                digest.update(repr((example.captions, example.negative_captions)).encode())
         return digest.hexdigest()[:16]
 
     def has_negatives(self, count: int) -> bool:
         """Returns whether there are more than `count` different captions, or written negatives."""
         texts: set[str] = set()
-        for captions, negatives in self._texts():
-            texts.update(captions)
-            if negatives or len(texts) > count:
+        for example in self._without_images():
+            texts.update(example.captions)
+            if example.negative_captions or len(texts) > count:
                 return True
         return False
 
     def captions(self) -> Iterator[str]:
         """Yields every caption and written negative once, by reading the data set without its images."""
-        return iter(dict.fromkeys(text for kinds in self._texts() for kind in kinds for text in kind))
+        texts = ((*example.captions, *example.negative_captions) for example in self._without_images())
+        return iter(dict.fromkeys(chain.from_iterable(texts)))
 
-    def _texts(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Yields the captions and the written negatives of each row."""
-        for part in self._parts:
-            rows, columns = part.rows, part.columns
-            if is_plain(rows):  # images stay unread
-                rows = rows.select_columns(columns.stored(rows.column_names or (), images=False))
-            read = rows if isinstance(rows, Iterable) else map(rows.__getitem__, range(len(rows)))
-            yield from (columns.texts(row, f"example {number}") for number, row in enumerate(read))
-
-    def _read(self, number: int) -> Example:
-        place = bisect_right(self._ends, number)
-        part, start = self._parts[place], self._ends[place - 1] if place else 0
-        try:
-            with self._lock:
-                row = part.rows[number - start]
-        except OSError as error:
-            return Example(error, (), (), f"example {number}")
-        return part.columns.example(row, number)
-
-    def _block(self, start: int, rows: list[Any]) -> Block:
-        columns = self._parts[0].columns
-        return Block(start, len(rows), lambda place: columns.example(rows[place], start + place))
+    def _without_images(self) -> Iterator[Example]:
+        for part, end in zip(self._parts, self._ends, strict=True):
+            rows, columns = part.rows, replace(part.columns, image=None)
+            if _is_plain(rows):
+                rows = rows.select_columns(columns.stored(rows.column_names or ()))
+                yield from (columns.example(row, number) for number, row in enumerate(rows))
+            else:
+                yield from map(self.__getitem__, range(end - len(rows), end))
 
 
 def open_examples(
@@ -278,10 +265,8 @@ def open_examples(
     """
     if isinstance(data, Examples):
         return data
-    parts = [
-        _open_part(rows, weight, image_column, caption_column, negative_caption_column)
-        for rows, weight in _load(data, split, streaming, image_column)
-    ]
+    named = image_column, caption_column, negative_caption_column
+    parts = [_open_part(rows, weight, *named) for rows, weight in _load(data, split, streaming, image_column)]
     if len(parts) > 1 and any(isinstance(part.rows, datasets.IterableDataset) for part in parts):
         raise ValueError(
             "several data sets with weights must be ones of known length, but a stream is among them; give "
@@ -290,50 +275,52 @@ def open_examples(
     return Examples(parts, source=data if isinstance(data, str) else None)
 
 
+def _is_plain(rows: Any) -> bool:
+    """Returns whether the columns are stored ones, not made by the user's `set_transform`."""
+    if isinstance(rows, datasets.Dataset):
+        return rows.format["type"] != "custom"
+    return isinstance(rows, datasets.IterableDataset)
+
+
 def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negatives: str | None) -> Part:
     """Finds the columns of rows, and checks the first row, or all rows of a list."""
-    rows = _undecoded(rows)
-    first = _first_row(rows)
+    if _is_plain(rows):  # decoded here, so that a broken image can be told from a broken data set
+        for name, feature in (rows.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        rows = rows.with_format(None)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError("the training data is empty; give at least as many images as a batch holds")
+    first = _as_mapping(first)
     columns = _find_columns(first, image, captions, negatives)
-    if isinstance(rows, list):  # in memory already: all of it is checked
-        for number, row in enumerate(rows):
-            columns.example(row, number)
-    example = columns.example(first, 0)
+    for number, row in enumerate(rows if isinstance(rows, list) else [first]):  # a list is in memory already
+        columns.example(row, number)
     with suppress(BrokenExample):  # skipped and counted when it is its turn
-        image_size(example.image)
-    if is_plain(rows):
-        rows = rows.select_columns(columns.stored(_as_mapping(first)))
-    return Part(rows, columns, weight)
-
-
-# Rows.
+        image_size(columns.example(first, 0).image)
+    return Part(rows.select_columns(columns.stored(first)) if _is_plain(rows) else rows, columns, weight)
 
 
 def _load(data: Any, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
-    """Returns the rows of each given data set with its weight.
-
-    Raises:
-        ValueError: A folder or table cannot be read, there is no shard, or a weight is not a positive number.
-        TypeError: The data are of another type.
-    """
+    """Returns the rows of each given data set with its weight; errors as in `open_examples`."""
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise TypeError(f"give one split of the data set, such as data[{next(iter(data))!r}]; it has {list(data)}")
     if isinstance(data, str) and data.lstrip().startswith("{"):
         data = parse_json(data, "the training data")
     if isinstance(data, str | Path):
         return _load_from(str(data), split, streaming, image_column)
-    if isinstance(data, list | tuple) and data and all(_is_shard(entry) for entry in data):
-        return [(_load_shards([str(entry) for entry in data], streaming), 1.0)]
-    if isinstance(data, list | tuple) and data and all(_is_path(entry) for entry in data):
-        data = dict.fromkeys(data, 1)
+    if isinstance(data, list | tuple) and data and all(isinstance(entry, str | Path) for entry in data):
+        if all(str(entry).endswith(".tar") for entry in data):
+            return [(_load_shards([str(entry) for entry in data], streaming), 1.0)]
+        if all(Path(entry).expanduser().exists() for entry in data):
+            data = dict.fromkeys(data, 1)
     if isinstance(data, Mapping) and data:
-        wrong = {key: value for key, value in data.items() if not _is_weight(value)}
-        if wrong:
+        if wrong := {key: w for key, w in data.items() if type(w) not in (int, float) or not 0 < w < math.inf}:
             raise ValueError(
                 f"each data set needs a weight, a positive number, but got {quoted(wrong)}; give several data sets as "
                 '{"photos": 1, "paintings": 2.5}'
             )
-        loaded = ((_load(source, split, streaming, image_column), weight) for source, weight in data.items())
+        loaded = [(_load(source, split, streaming, image_column), weight) for source, weight in data.items()]
         return [(rows, inner * weight) for parts, weight in loaded for rows, inner in parts]
     if isinstance(data, datasets.IterableDataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return [(data, 1.0)]
@@ -346,7 +333,10 @@ def _load(data: Any, split: str, streaming: bool | None, image_column: str | Non
 def _load_from(source: str, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
     path = Path(source).expanduser()
     if source.endswith(".tar"):
-        return [(_load_shards(source if "://" in source else sorted(glob(str(path))), streaming, source), 1.0)]
+        shards = [source] if "://" in source else sorted(glob(str(path)))
+        if not shards:
+            raise ValueError(f"no webdataset shard is at {source}")
+        return [(_load_shards(shards, streaming), 1.0)]
     if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
         return [(load_table(path, file_column=image_column), 1.0)]
     if path.is_dir():
@@ -356,75 +346,30 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
             return [(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded, 1.0)]
-        parts = load_folder(path, split, image_column)
-        if parts is not None:
+        if (parts := load_folder(path, split, image_column)) is not None:
             return list(parts)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and "://" not in source:
         raise ValueError(f"there is no folder {one_line(source)}; give one with images, or the name of a data set")
     return [(datasets.load_dataset(str(path), split=split, streaming=bool(streaming)), 1.0)]
 
 
-def _is_path(source: Any) -> bool:
-    return isinstance(source, str | Path) and Path(source).expanduser().exists()
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_shard(source: Any) -> bool:
-    return isinstance(source, str | Path) and str(source).endswith(".tar")
-
-
-def _load_shards(shards: str | list[str], streaming: bool | None, given: str = "") -> Any:
-    if not shards:
-        raise ValueError(f"no webdataset shard is at {given}")
+def _load_shards(shards: list[str], streaming: bool | None) -> Any:
     return datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=streaming is not False)
 
 
-def is_plain(rows: Any) -> bool:
-    """Returns whether the columns are stored ones, not made by the user's `set_transform`."""
-    if isinstance(rows, datasets.Dataset):
-        return rows.format["type"] != "custom"
-    return isinstance(rows, datasets.IterableDataset)
-
-
-def _undecoded(rows: Any) -> Any:
-    """Switches decoding by `datasets` off, so that a broken image can be told from a broken data set."""
-    if not is_plain(rows):
-        return rows
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows.with_format(None)
-
-
-def _first_row(rows: Any) -> Any:
-    if isinstance(rows, datasets.IterableDataset):
-        for row in rows:
-            return row
-    elif len(rows):
-        return rows[0]
-    raise ValueError("the training data is empty; give at least as many images as a batch holds")
-
-
-# Columns.
-
-
-def _find_columns(row: Any, image: str | None, captions: str | Sequence[str] | None, negatives: str | None) -> Columns:
-    row = _as_mapping(row)
+def _find_columns(row: Mapping[str, Any], image: str | None, captions: Any, negatives: str | None) -> Columns:
     inner = (f"{name}.{key}" for name, value in row.items() if isinstance(value, Mapping) for key in value)
     present = [*row, *inner]  # columns, and the entries of those that hold JSON objects
-    found_image = _choose("image", present, [image] if image else None, _IMAGE_COLUMNS)[0]
-    given = [captions] if isinstance(captions, str) else captions
-    found = _choose("caption", present, given, _CAPTIONS.split())
+    (image,) = _choose("image", present, image, _IMAGE_COLUMNS.split())
+    captions = _choose("caption", present, captions, _CAPTION_COLUMNS.split())
     if negatives:
-        _choose("negative_caption", present, [negatives], ())
-    return Columns(found_image, tuple(found), negatives)
+        _choose("negative_caption", present, negatives, ())
+    return Columns(image, tuple(captions), negatives)
 
 
-def _choose(kind: str, present: list[str], given: Sequence[str] | None, usual: Iterable[str]) -> list[str]:
-    chosen = list(given) if given else [name for name in usual if name in present]
+def _choose(kind: str, present: list[str], given: str | Sequence[str] | None, usual: Sequence[str]) -> list[str]:
+    chosen = [given] if given and isinstance(given, str) else list(given or ())
+    chosen = chosen or [name for name in usual if name in present]
     chosen = chosen or [name for name in present if name.strip().lower() in usual]
     absent = [name for name in chosen if name not in present]
     if absent or not chosen:
@@ -435,11 +380,6 @@ def _choose(kind: str, present: list[str], given: Sequence[str] | None, usual: I
     return chosen
 
 
-def _is_unicode(text: str) -> bool:
-    """Returns whether a text holds no lone surrogate, which is half of a character of UTF-16."""
-    return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
-
-
 def _as_mapping(row: Any) -> Mapping[str, Any]:
     if isinstance(row, Mapping):
         return row
@@ -448,9 +388,10 @@ def _as_mapping(row: Any) -> Mapping[str, Any]:
     raise TypeError(f"examples must be dicts of columns or pairs (image, captions) but got {type(row).__name__}")
 
 
-def _entry(row: Mapping[str, Any], column: str, name: str) -> Any:
-    if column in row:
-        return row[column]
+def _entry(row: Mapping[str, Any], column: str | None, name: str) -> Any:
+    """Returns the entry `b` of column `a` for the column `a.b`, and None for no column."""
+    if column is None:
+        return None
     outer, _, inner = column.partition(".")
     if inner and outer in row:
         return (row[outer] or {}).get(inner)

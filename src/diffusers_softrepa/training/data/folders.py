@@ -15,6 +15,8 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .avif .
 _COLUMNS = "file_name filename file file_path filepath image image_path image_file image_name img img_path path"
 IMAGE_SUFFIXES, FILE_COLUMNS = frozenset(_SUFFIXES.split()), _COLUMNS.split()
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
+_TABLE_NAMES = ("captions", "caption", "prompts", "labels")
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _DATA_SUFFIXES = (*TABLE_SUFFIXES, ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
-_JSON_LINE = '{"file_name": "cat.jpg", "text": "a cat"}'
 _REPEATED = re.compile(r"([0-9]+)_(.+)")
 
 
@@ -54,28 +56,28 @@ def load_folder(folder: Path, split: str, file_column: str | None = None) -> lis
             f"{folder} is empty; put images and a metadata.jsonl there, or images with a text file beside each"
         )
     images = [path for path in files if _is_image(path)]
-    tables = [path for path in files if path.suffix.lower() in TABLE_SUFFIXES]
+    tables = [path for suffix in TABLE_SUFFIXES for path in files if path.suffix.lower() == suffix]
     metadata = [path for path in tables if path.stem.lower() == "metadata"]
-    if not any(path.parent == folder for path in metadata) and split and (folder / split).is_dir():
+    if split and (folder / split).is_dir() and not any(path.parent == folder for path in metadata):
         return load_folder(folder / split, "", file_column)
-    if not images and not any(path.suffix != ".parquet" for path in metadata):
+    if not images and all(path.suffix == ".parquet" for path in metadata):
         if any(path.suffix.lower() in _DATA_SUFFIXES for path in files):
             return None
         raise _unrecognised(folder, files)
     if metadata:
-        first = {path.parent: path for path in sorted(metadata, key=_by_suffix, reverse=True)}
-        loaded = [load_table(path, images, file_column) for path in sorted(first.values())]
+        chosen = {path.parent: path for path in reversed(metadata)}.values()  # one for each folder
+        loaded = [load_table(path, images, file_column) for path in sorted(chosen)]
         return [(rows, 1.0) for rows in loaded if rows] or [([], 1.0)]
-    if found := list(_captioned(folder, files, images)):
+    if found := _captioned(folder, files, images):
         return found
-    usable = [path for path in sorted(tables, key=_by_suffix) if _names_files(path, file_column)]
-    named = [path for path in usable if path.stem.lower() in ("captions", "caption", "prompts", "labels")]
-    if len(named or usable) > 1:
-        shown = ", ".join(str(path.relative_to(folder)) for path in named or usable)
+    usable = [path for path in tables if _names_files(path, file_column)]
+    usable = [path for path in usable if path.stem.lower() in _TABLE_NAMES] or usable
+    if len(usable) > 1:
+        shown = ", ".join(str(path.relative_to(folder)) for path in usable)
         raise ValueError(f"{folder} has several tables of images, {shown}; rename the one to read to metadata")
     if not usable:
         raise _unrecognised(folder, files)
-    return [(load_table((named or usable)[0], images, file_column), 1.0)]
+    return [(load_table(usable[0], images, file_column), 1.0)]
 
 
 def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None = None) -> Rows:
@@ -99,19 +101,15 @@ def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None
     rows: Rows = []
     missing: list[str] = []
     for where, row in _read_table(table):
-        column = file_column or _file_column(row)
-        name = row.get(column) if column and isinstance(row, dict) else None
+        column = _file_column(row, file_column)
+        name = row[column] if column else None
         if isinstance(name, dict) and (name.get("bytes") or name.get("path")):  # as `datasets` writes parquet files
             rows.append({**row, "image": name})
             continue
         if not isinstance(name, str) or not name or "\0" in name:
-            kind, such = ("line", _JSON_LINE) if table.suffix == ".jsonl" else ("row", "file_name,text")
-            must = (
-                f"be a JSON object with a file_name, such as {such}"
-                if kind == "line"
-                else (f"name an image file, below a heading such as {such}")
-            )
-            raise ValueError(f"every {kind} of {table} must {must}, but {where} is {quoted(row)}")
+            such = "below a heading such as file_name,text"
+            such = 'as {"file_name": "cat.jpg", "text": "a cat"} does' if table.suffix == ".jsonl" else such
+            raise ValueError(f"every row of {table} must name an image file, {such}, but {where} is {quoted(row)}")
         found = name if "://" in name else _find(table.parent, name, by_name)
         missing += [] if found else [f"{name} ({where})"]
         rows.append({**row, **({file_column: found} if file_column else {}), "image": found})
@@ -133,41 +131,29 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(("-masklabel", "-condlabel"))
 
 
-def _by_suffix(path: Path) -> tuple[int, Path]:
-    return TABLE_SUFFIXES.index(path.suffix.lower()), path
-
-
-def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> Iterator[tuple[Rows, float]]:
-    """Yields the images with their repeats, if some have a caption file or a sub-folder that names a subject."""
+def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> list[tuple[Rows, float]]:
+    """Returns the images with their repeats, if some have a caption file or a sub-folder that names a subject."""
     texts: dict[Path, list[Path]] = defaultdict(list)
     for path in files:
         if path.suffix.lower() in _CAPTION_SUFFIXES:
             texts[path.with_suffix("")].append(path)
-    parts: dict[Path, Rows] = defaultdict(list)
+    parts: dict[Path, Rows] = defaultdict(list)  # by the nearest folder with a number of repeats
     for path in images:
         captions = [line for text in texts[path.with_suffix("")] or texts[path] for line in read_lines(text)]
-        parts[_repeated(folder, path)].append({"image": path, "text": captions})
+        inner = (parent for parent in path.parents if folder in parent.parents)
+        part = next((parent for parent in inner if _REPEATED.fullmatch(parent.name)), folder)
+        parts[part].append({"image": path, "text": captions})
+    found = []
     for part, rows in parts.items():
         repeats = _REPEATED.fullmatch(part.name) if part != folder else None
         if repeats and not any(row["text"] for row in rows):  # as kohya's scripts do without caption files
             rows = [{**row, "text": [repeats[2].replace("_", " ")]} for row in rows]
-        parts[part] = rows
-    if any(row["text"] for rows in parts.values() for row in rows):
-        yield from ((rows, float(part.name.split("_")[0]) if part != folder else 1.0) for part, rows in parts.items())
-
-
-def _repeated(folder: Path, path: Path) -> Path:
-    """Returns the nearest parent folder whose name begins with a number of repeats, else the folder itself."""
-    inner = (parent for parent in path.parents if folder in parent.parents)
-    return next((parent for parent in inner if _REPEATED.fullmatch(parent.name)), folder)
+        found.append((rows, float(repeats[1]) if repeats else 1.0))
+    return found if any(row["text"] for rows, _ in found for row in rows) else []
 
 
 def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the place of each row, for messages, and the row.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
+    """Yields the place of each row, for messages, and the row; errors as in `load_table`."""
     kind = table.suffix.lower()
     if kind == ".jsonl":
         for number, row in read_json_lines(table, allow_nonfinite=True, allow_surrogates=True):
@@ -206,28 +192,25 @@ def _read_csv(table: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"line {reader.line_num} of {table} cannot be read: {error}") from error
 
 
-def _file_column(row: Any) -> str | None:
+def _file_column(row: Any, given: str | None) -> str | None:
+    """Returns the given column of image files, or the one of a usual name; None if the row does not have it."""
     names = {name.strip().lower().replace(" ", "_"): name for name in row} if isinstance(row, dict) else {}
-    return next((names[name] for name in FILE_COLUMNS if name in names), None)
+    usual = next((names[name] for name in FILE_COLUMNS if name in names), None)
+    return usual if given is None else given if given in names.values() else None
 
 
 def _names_files(table: Path, file_column: str | None) -> bool:
-    """Whether the first row of a table names an image file."""
-    try:
-        _, row = next(_read_table(table), ("", None))
-    except ValueError:
-        return False
-    return file_column in row if file_column and isinstance(row, dict) else _file_column(row) is not None
+    with suppress(ValueError):
+        return any(_file_column(row, file_column) for _, row in islice(_read_table(table), 1))
+    return False
 
 
 def _find(folder: Path, name: str, by_name: dict[str, list[Path]]) -> Path | None:
     """Returns the file that a table means: at the written path, in `images/`, or the only one of that name."""
     written = name.replace("\\", "/")
-    for path in (folder / name, folder / written, folder / "images" / written):
-        if path.is_file():
-            return path
-    only = by_name.get(Path(written).name, [])
-    return only[0] if len(only) == 1 else None
+    paths = [folder / name, folder / written, folder / "images" / written]
+    same = by_name.get(Path(written).name, [])
+    return next((path for path in paths if path.is_file()), same[0] if len(same) == 1 else None)
 
 
 def _unrecognised(folder: Path, files: list[Path]) -> ValueError:
