@@ -4,12 +4,14 @@
     torchrun --nproc-per-node 2 -m shapes_world.train_base --out outputs/base    # the same on two cores
 
 First the autoencoder, then Stable Diffusion 3 with its text encoders, by flow matching, in two stages. In the first
-all captions are exact, in three phrasings; the text encoders learn with the denoiser and are frozen from then on. In
-the second, captions are as unreliable as those that large models learn from, and how reliable they are shows in how
-they are written: four in ten are in one phrasing ("there is ...", "there are ...") and exact, as written descriptions
-are; the others are in the two everyday phrasings and often wrong, as alternative texts of web pages are. What the
-denoiser learns is to follow a caption exactly if it is written like a description, and loosely if it is not. With
-`--start` the second stage alone is trained, from a pipeline that has the first behind it.
+all captions are exact, in three phrasings, and the text encoders learn with the denoiser. In the second, captions are
+as unreliable as those that large models learn from, and how reliable they are shows in how they are written: four in
+ten are in one phrasing ("there is ...", "there are ...") and exact, as written descriptions are; the others are in the
+two everyday phrasings and often wrong, as alternative texts of web pages are. What the denoiser learns is to follow a
+caption exactly if it is written like a description, and loosely if it is not. The text encoders learn in the first
+third of this stage too, and are frozen from then on: captions whose phrasing says nothing teach them to ignore it,
+which the encoders of large models, trained on texts of every kind, do not. With `--start` the second stage alone is
+trained, from a pipeline that has the first behind it.
 
 Everything goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps the losses and, while the second
 stage runs, how many images the oracle finds right in either phrasing; `vae/` and `sd3/` are what was trained, in the
@@ -43,8 +45,9 @@ SCENES = 60_000  # images that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
-EXACT_STEPS = 0.625  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
-# Share of a stage's steps in which the learning rate falls to zero. The two ways of writing come apart only then.
+EXACT_STEPS = 0.5  # share of the steps, at the beginning, in which all captions are exact
+ENCODERS_LEARN = 1 / 3  # share of the second stage, at its beginning, in which the text encoders learn as well
+# Share of a stage's steps in which the learning rate falls to zero.
 COOL_DOWN_EXACT, COOL_DOWN_MIXED = 0.3, 0.7
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
 # true, false in one thing, or the caption of another image.
@@ -65,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and results")
     parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=12_000, help="optimizer steps of both stages")
+    parser.add_argument("--steps", type=int, default=14_000, help="optimizer steps of both stages")
     parser.add_argument("--start", type=Path, help="pipeline that has the first stage behind it; its weights go on")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
@@ -152,21 +155,22 @@ def train_pipeline(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
     latents, drawn = encoded_images(args, vae)
-    frozen_from = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
+    exact = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
+    frozen_from = exact + round(ENCODERS_LEARN * (args.steps - exact))
     texts: dict[str, tuple[Tensor, Tensor]] = {}
-    stages = [Stage(frozen_from, COOL_DOWN_EXACT), Stage(args.steps - frozen_from, COOL_DOWN_MIXED)]
+    stages = [Stage(exact, COOL_DOWN_EXACT), Stage(args.steps - exact, COOL_DOWN_MIXED)]
     for step in run.steps(stages, optimizer):
         rng = run.rng(step)
         rows = rng.integers(len(drawn), size=args.batch_size)
-        mixed = step >= frozen_from
-        parts[1:].requires_grad_(not mixed)
+        mixed, frozen = step >= exact, step >= frozen_from
+        parts[1:].requires_grad_(not frozen)
         captions = [caption(drawn[row], drawn[rng.integers(len(drawn))][0], rng, mixed=mixed) for row in rows]
         length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
         noise = rng.standard_normal((len(rows), *latents.shape[1:]), dtype=np.float32)
         logit = NOISE_MEAN + rng.standard_normal(len(rows), dtype=np.float32)
         # Each process takes its share of the batch that one process would have.
         rows, captions, noise, logit = (drawn_now[RANK::PROCESSES] for drawn_now in (rows, captions, noise, logit))
-        if mixed and length == models.MAX_WORDS:
+        if frozen and length == models.MAX_WORDS:
             text = encoded_once(pipe, captions, texts)
         else:
             text = models.encode(pipe, captions, length)
