@@ -1,6 +1,7 @@
 """The `softrepa` command on the embedded pipeline: every sub-command, its settings, errors, outputs and statuses."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -120,6 +121,30 @@ def test_the_options_on_the_page_of_commands_are_those_that_help_prints(capsys: 
 
 
 # Output.
+
+
+def test_a_command_shows_no_requests_of_the_hub_and_no_hints_about_torchvision(monkeypatch: pytest.MonkeyPatch):
+    shown: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: shown.append(record.getMessage()))
+    library, client = logging.getLogger("transformers.utils.import_utils"), logging.getLogger("httpx")
+    monkeypatch.setattr(client, "level", logging.INFO)
+
+    def main(_argv: Any) -> None:
+        client.info("HTTP Request: GET https://huggingface.co")
+        library.error("`CLIPImageProcessor` requires torchvision (not installed); falling back")
+        library.error("another message")
+        client.warning("another message")
+
+    monkeypatch.setattr("diffusers_softrepa.commands.info.main", main)
+    for logger in (library, client):
+        logger.addHandler(handler)
+    try:
+        assert run("info", []) == 0
+    finally:
+        for logger in (library, client):
+            logger.removeHandler(handler)
+    assert shown == ["another message"] * 2
 
 
 def test_output_in_an_encoding_that_lacks_a_character_is_escaped_and_the_status_stays():

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ..compat import drop_torchvision_hints
 from ..quoting import one_line
 from .output import survivable_output
 
@@ -29,6 +30,7 @@ def run(name: str, argv: Sequence[str]) -> int:
     debug = len(words) < len(argv)
     with survivable_output():
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+        drop_torchvision_hints()
         for chatty in ("httpx", "httpcore"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
