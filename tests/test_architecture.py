@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "pairs": set(),
     "objectives": {"pairs"},
     "conditioning": {"compat", "denoisers", "families", "noising"},
-    "editing": {"conditioning", "noising", "pipeline"},
+    "editing": {"adapter", "conditioning", "noising", "pipeline"},
     "evaluation": {
         "card",
         "checkpoint",

@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..adapter import adapters_of
 from ..conditioning import Conditioner, Conditions, concatenate, conditioner_of, take
 from ..pipeline import softrepa_disabled
 from .request import texts
@@ -97,7 +98,12 @@ def guided(
         guidance_scale: Guidance scale g.
         batch: Number of rows n.
         adapted: Whether the active adapters are used. Defaults to True.
+
+    Raises:
+        ValueError: The active adapters are used, but only in the positive branch of guidance.
     """
+    if adapted:
+        _check_both_branches(conditioner)
     conditions = _rows(conditioner.encode_captions(prompts), batch)
     if guidance_scale == 1 or is_distilled(conditioner):
         return Guided(conditioner, conditions, None, adapted)
@@ -120,6 +126,16 @@ def negative_texts(conditioner: Conditioner, negative_prompt: Any) -> list[str] 
             "negative_prompt out"
         )
     return texts("negative_prompt", negative_prompt)
+
+
+def _check_both_branches(conditioner: Conditioner) -> None:
+    adapters = adapters_of(conditioner.denoiser)
+    if adapters is not None and adapters.state.taking_part and adapters.state.guidance_branch != "both":
+        raise ValueError(
+            f"editing uses the adapters in both branches of guidance, but {list(adapters.state.taking_part)} were set "
+            f"with guidance_branch={adapters.state.guidance_branch!r}; call set_softrepa(..., guidance_branch='both') "
+            "before"
+        )
 
 
 def _rows(conditions: Conditions, batch: int) -> Conditions:
