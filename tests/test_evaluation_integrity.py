@@ -15,7 +15,7 @@ import tiny
 from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, GenEval, Prompt, load_prompts
 from diffusers_softrepa.evaluation.lengths import check_lengths
 from diffusers_softrepa.evaluation.provenance import CutImage, facts_of, save_with_facts
-from diffusers_softrepa.evaluation.writing import write_result
+from diffusers_softrepa.evaluation.writing import RESULT_FILES, write_result
 from evaluation_runs import PROMPTS, Counted, brightness, pipeline, run
 
 SHORT: dict[str, Any] = {"adapters": [None, "a"], "seeds": [0], "metrics": [], "prompts": PROMPTS[:2]}
@@ -84,6 +84,27 @@ def test_an_image_that_was_changed_or_drawn_elsewhere_has_no_facts(tmp_path: Pat
 
 
 # Going on.
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder", "message"),
+    [
+        *((name, True, f"{name} must be a file, but is a folder") for name in ("manifest.json", *RESULT_FILES)),
+        (f"images/a/{PROMPTS[0].id}-0.png", True, "-0.png must be a file, but is a folder"),
+        ("images", False, "output_dir must be a folder, but .*images is a file"),
+        ("images/a", False, "output_dir must be a folder, but .*a is a file"),
+    ],
+)
+def test_what_is_in_the_way_of_a_file_is_seen_before_anything_is_drawn(
+    tmp_path: Path, name: str, is_folder: bool, message: str
+):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if is_folder else path.write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        again(tmp_path / "out", tmp_path / "log.txt")
+    assert not (tmp_path / "log.txt").exists()
+    assert path.is_dir() if is_folder else path.read_text() == "mine"
 
 
 def test_without_a_manifest_images_are_still_not_mixed_with_others(copy: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .card import model_card, refreshed
 from .config import MAX_CONFIG_BYTES, SoftREPAConfig
-from .files import UnreadableJSON, parse_json, write_whole
+from .files import UnreadableJSON, check_places, parse_json, write_whole
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, files_of, is_missing, located, may_be_fetched_again
 from .other_adapters import other_kind
 from .quoting import one_line, quoted
@@ -106,11 +106,10 @@ def save_checkpoint(
         ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` is not a file name.
     """
     directory = Path(directory)
-    if directory.is_file():
-        raise ValueError(f"an adapter is saved into a folder, but {directory} is a file; name a folder")
     weight_name = weight_name or WEIGHTS_NAME
     if Path(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
         raise ValueError(f"weight_name must be a plain file name that ends in .safetensors, but is {weight_name!r}")
+    check_places(directory, [weight_name, CONFIG_NAME, CARD_NAME], what="the place of an adapter")
     kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     checked_tensors(kept, config, "the adapter to save")
     config = replace(config)  # checked again: fields may have been assigned to since it was made

@@ -3,6 +3,8 @@
 from itertools import count
 from pathlib import Path
 
+from ..files import check_places
+
 
 def free_path(path: str | Path, suffix: str) -> Path:
     """Returns the path of a new file: the given path, or that path with `-1`, `-2`, ... added to its name.
@@ -10,10 +12,14 @@ def free_path(path: str | Path, suffix: str) -> Path:
     Args:
         path: The path that is wanted.
         suffix: Suffix such as `.png`, added to a path that does not have it.
+
+    Raises:
+        ValueError: The folder of the file is a file, or may not be written.
     """
     wanted = Path(path)
     if wanted.suffix.lower() != suffix:
         wanted = wanted.with_name(wanted.name + suffix)
+    check_places(wanted.parent, what="the folder of the result")
     if not wanted.exists():
         return wanted
     numbered = (wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}") for number in count(1))

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ..files import check_places
 from ..quoting import quoted
 from .gallery import Gallery, ImageKey
 from .images import grid, plot
@@ -22,7 +23,7 @@ from .prompts import load_prompts
 from .result import EvaluationResult
 from .scoring import processes, progress_bar, scored
 from .settings import AdapterSetting, left_as_found, settings_of, use
-from .writing import write_result
+from .writing import RESULT_FILES, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def evaluate(
     _check(seeds, batch_size, arguments)
     settings, chosen = settings_of(pipe, adapters), as_metrics(metrics, references)
     gallery = Gallery(output_dir, settings, load_prompts(prompts), list(seeds))
+    check_places(output_dir, RESULT_FILES, what="output_dir")
     for metric in chosen:
         metric.check(gallery.prompts)
     if not allow_truncation:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
 MANIFEST_NAME = "manifest.json"
+BEST_FOLDER = "best"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 _STATE = frozenset(
     ["settings", "step", "best", "nonfinite_steps", "recent", "loss_scale", "optimizer", "schedule", "average", "data"]
@@ -286,6 +287,11 @@ def _manifest(path: Path) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a name is that of a checkpoint, such as `checkpoint-100`."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,16 +1,23 @@
 """Checks of a run that need no model: settings, trackers, optimizer, data, and the repository on the Hub."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ..files import check_places
+from ..hub import CARD_NAME
 from .arguments import ContrastiveFlowMatchingArguments
 from .calibration import no_negatives
-from .card import claim_repository
+from .card import CURVES_NAME, SETTINGS_NAME, VALIDATION_NAME, claim_repository
+from .checkpoints import BEST_FOLDER, is_checkpoint_name
 from .data.dataset import Examples, open_examples
+from .log import LOG_NAME
 from .optimization import Schedule, make_optimizer
+from .validation import IMAGES_FOLDER, VALIDATION_FOLDER
 
 
 def check_run(
@@ -40,11 +47,12 @@ def check_run(
 
 
 def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
-    """Checks that the trackers, the optimizer and the schedule of the settings exist and are installed.
+    """Checks that trackers, optimizer and schedule exist and are installed, and that `output_dir` can be written.
 
     Raises:
-        ValueError: One of them does not exist or is not installed.
+        ValueError: One of them does not exist or is not installed, or something in `output_dir` is in the way.
     """
+    _check_output(args)
     usable = [str(name) for name in get_available_trackers()]
     for name in args.report_to:
         if name not in ("all", *usable):
@@ -53,6 +61,19 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
     Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
+
+
+def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
+    files = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, LOG_NAME, SETTINGS_NAME, CURVES_NAME]
+    folders = [BEST_FOLDER]
+    if args.validation_prompts:
+        files, folders = [*files, VALIDATION_NAME], [*folders, VALIDATION_FOLDER, IMAGES_FOLDER]
+    output = Path(args.output_dir)
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    folders += [name for name in names if is_checkpoint_name(name)]
+    check_places(output, files, folders, what="output_dir")
+    if args.cache_text or args.cache_latents:
+        check_places(args.cache_dir or output / "cache", what="cache_dir")
 
 
 def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:

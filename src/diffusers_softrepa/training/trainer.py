@@ -39,7 +39,7 @@ from .callbacks import (
     TrainerState,
 )
 from .card import Report, ReportCallback, claim_repository, data_name, push_report
-from .checkpoints import Checkpoints
+from .checkpoints import BEST_FOLDER, Checkpoints
 from .data.cache import TensorCache
 from .data.dataset import Example, Examples
 from .data.encode import Encoder
@@ -424,7 +424,7 @@ class ContrastiveFlowMatchingTrainer:
         if self.state.global_step and math.isfinite(value) and (best is None or sign * value > sign * best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.accelerator.is_main_process:
-                self.save_model(Path(self.args.output_dir) / "best")
+                self.save_model(Path(self.args.output_dir) / BEST_FOLDER)
 
     def _steps(self) -> Iterator[list[list[Example]]]:
         """Yields the batches of each optimizer step, epoch after epoch."""
