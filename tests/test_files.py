@@ -91,7 +91,10 @@ def test_places_that_can_be_written_pass_whether_or_not_they_exist(tmp_path: Pat
         ("file", [], [], "the place to write to must be a folder, but .*file is a file"),
         ("file/below", [], [], "the place to write to must be a folder, but .*file is a file"),
         ("dangling", [], [], "must be a folder, but .*dangling is a link to nothing"),
-        ("n" * 300, [], [], "must be a folder, but its name cannot be used: .*File name too long"),
+        ("n" * 300, [], [], "the place to write to cannot be '/.*n': File name too long"),
+        ("", ["n" * 300], [], "the name of a file cannot be .*: File name too long"),
+        ("", ["nul\0"], [], "the name of a file cannot be .*: .*null"),
+        ("half a \ud83d", [], [], "the place to write to cannot be .*: .*surrogates not allowed"),
         ("", ["folder"], [], "folder must be a file, but is a folder; move it away, or name another folder"),
         ("", ["link"], [], "link must be a file, but is a folder"),
         ("", ["pipe"], [], "pipe must be a file, but is a device or pipe"),
@@ -111,9 +114,17 @@ def test_places_that_cannot_be_written_are_named(
         check_places(tmp_path / folder, files, folders)
 
 
+@pytest.mark.parametrize("folder", [None, 5, b"bytes", ["list"]])
+def test_a_place_that_is_no_path_is_named(folder: Any):
+    with pytest.raises(TypeError, match="the place to write to must be a path, but is"):
+        check_places(folder)
+    with pytest.raises(ValueError, match="must be a folder, but its name is empty"):
+        check_places("")
+
+
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ValueError, match="output_dir must be writable, but .* is read-only"):
+    with pytest.raises(ValueError, match=r"output_dir must be writable, but .* is read-only"):
         check_places(tmp_path / "new", what="output_dir")
 
 

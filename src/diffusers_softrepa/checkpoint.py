@@ -105,11 +105,14 @@ def save_checkpoint(
     Raises:
         ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` is not a file name.
     """
-    directory = Path(directory)
     weight_name = weight_name or WEIGHTS_NAME
-    if Path(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
-        raise ValueError(f"weight_name must be a plain file name that ends in .safetensors, but is {weight_name!r}")
+    is_name = isinstance(weight_name, str) and Path(weight_name).name == weight_name
+    if not is_name or Path(weight_name).suffix != ".safetensors":
+        raise ValueError(
+            f"weight_name must be a plain file name that ends in .safetensors, but is {quoted(weight_name)}"
+        )
     check_places(directory, [weight_name, CONFIG_NAME, CARD_NAME], what="the place of an adapter")
+    directory = Path(directory)
     kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     checked_tensors(kept, config, "the adapter to save")
     config = replace(config)  # checked again: fields may have been assigned to since it was made

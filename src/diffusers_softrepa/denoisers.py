@@ -1,12 +1,14 @@
 """Finds the denoisers of a pipeline, and explains why when it has none that takes soft tokens."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .families import is_supported, supported_denoisers
+from .quoting import quoted
 from .wrapping import uncompiled
 
 
@@ -22,12 +24,14 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
 
     Raises:
         ValueError: There is no denoiser that takes soft tokens.
+        TypeError: The target is neither a pipeline nor a module.
     """
-    if isinstance(target, nn.Module):
-        components = {type(target).__name__: target}
-    else:
-        components = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
-    modules = {name: uncompiled(part) for name, part in components.items()}
+    parts = {type(target).__name__: target} if isinstance(target, nn.Module) else getattr(target, "components", None)
+    if not isinstance(parts, Mapping):
+        raise TypeError(
+            f"soft tokens are for a diffusers pipeline or its denoiser, but the target is {quoted(target)}"
+        )
+    modules = {name: uncompiled(part) for name, part in parts.items() if isinstance(part, nn.Module)}
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if is_supported(module) and not any(module is other for other in found.values()):

@@ -53,13 +53,17 @@ def check_places(
         what: What the folder is called in messages.
 
     Raises:
-        ValueError: The folder, or one above it, is a file or may not be written; or a name belongs to something else.
+        TypeError: The folder is no path.
+        ValueError: The folder, or one above it, is a file or may not be written; a name belongs to something else; or
+            no file can have it.
     """
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+        raise TypeError(f"{what} must be a path, but is {quoted(folder)}")
+    if not os.fspath(folder):
+        raise ValueError(f"{what} must be a folder, but its name is empty; name a folder")
     folder = Path(folder)
-    try:
-        there = next(part for part in (folder, *folder.absolute().parents) if part.exists() or part.is_symlink())
-    except (OSError, ValueError) as error:  # too long, or a null character
-        raise ValueError(f"{what} must be a folder, but its name cannot be used: {one_line(error)}") from error
+    _check_name(folder, what)
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists() or part.is_symlink())
     if not there.is_dir():
         kind = "file" if there.exists() else "link to nothing"
         raise ValueError(f"{what} must be a folder, but {one_line(there)} is a {kind}; name another folder")
@@ -67,11 +71,23 @@ def check_places(
         raise ValueError(f"{what} must be writable, but {one_line(there)} is read-only; name another folder")
     for kind, names in (("file", files), ("folder", folders)):
         for path in (folder / name for name in names):
+            _check_name(there / path.name, f"the name of a {kind}")
             if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
                 other = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
                 raise ValueError(
                     f"{one_line(path)} must be a {kind}, but is a {other}; move it away, or name another folder"
                 )
+
+
+def _check_name(path: Path, what: str) -> None:
+    """Raises a ValueError if no file can have this path: it is too long, or holds what file names cannot hold."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise ValueError(f"{what} cannot be {quoted(str(path))}: {reason}") from error
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str, *, durable: bool = True) -> None:

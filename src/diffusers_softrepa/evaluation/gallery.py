@@ -122,8 +122,8 @@ class Gallery:
                 folder cannot be written.
         """
         path = self.folder / MANIFEST_NAME
-        for part, files in {path.parent: [path.name], **self._names_by_folder()}.items():
-            check_places(part, files, what="output_dir")
+        for folder, names in {path.parent: [path.name], **self._names_by_folder()}.items():
+            check_places(folder, names, what="output_dir")
         old = _read_manifest(path) if path.is_file() else None
         new = dict(self._drawn_with)
         if old is not None:
