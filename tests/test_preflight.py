@@ -62,6 +62,29 @@ def test_names_that_a_run_does_not_use_are_left_alone(tmp_path: Path):
     assert trainer(tmp_path, max_steps=1).train().finished
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"torch_compile": True, "torch_compile_backend": "zzz"}, "takes no torch_compile_backend='zzz' with"),
+        ({"torch_compile": True, "torch_compile_mode": "zzz"}, "with torch_compile_mode='zzz': "),
+        ({"validation_prompts": ["half a \ud83d"]}, "the text of a prompt must be text, but .* lone surrogate"),
+        ({"validation_prompts": ["nul \0"]}, "the text of a prompt must be text, but .* null character"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint='checkpoint-7' is no checkpoint folder"),
+    ],
+)
+def test_settings_that_would_end_the_run_later_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, settings: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        check_run(ContrastiveFlowMatchingArguments(**QUICK | settings, output_dir=str(tmp_path / "run")), rows())
+
+
+@pytest.mark.parametrize("args", [None, {"output_dir": "run"}])
+def test_settings_of_another_class_are_named(args: Any):
+    with pytest.raises(TypeError, match="args must be ContrastiveFlowMatchingArguments, but are"):
+        check_run(args, rows())
+
+
 def test_a_trainer_refuses_it_as_well(tmp_path: Path):
     as_folder(tmp_path / "log.jsonl")
     with pytest.raises(ValueError, match=r"log\.jsonl must be a file, but is a folder; move it away"):

@@ -8,12 +8,14 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ..evaluation.prompts import load_prompts
 from ..files import check_places
 from ..hub import CARD_NAME
+from ..quoting import one_line, quoted
 from .arguments import ContrastiveFlowMatchingArguments
 from .calibration import no_negatives
 from .card import CURVES_NAME, SETTINGS_NAME, VALIDATION_NAME, claim_repository
-from .checkpoints import BEST_FOLDER, is_checkpoint_name
+from .checkpoints import BEST_FOLDER, Checkpoints, is_checkpoint_name
 from .data.dataset import Examples, open_examples
 from .log import LOG_NAME
 from .optimization import Schedule, make_optimizer
@@ -34,11 +36,14 @@ def check_run(
         The opened data sets, which the trainer takes as `train_dataset` and `eval_dataset`.
 
     Raises:
-        ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong.
+        ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong, or there is no checkpoint
+            to resume from.
         TypeError: The data are of a type that cannot be read.
         OSError: The data cannot be read, or the Hub refuses the repository of `push_to_hub`.
     """
     check_settings(args)
+    if args.resume_from_checkpoint not in (None, "", "latest"):
+        Checkpoints(args.output_dir).read(args.resume_from_checkpoint)
     train = open_training_data(args, train_dataset)
     evaluation = None if eval_dataset is None else open_data(args, eval_dataset)
     if args.push_to_hub and not args.dry_run:
@@ -47,12 +52,20 @@ def check_run(
 
 
 def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
-    """Checks that trackers, optimizer and schedule exist and are installed, and that `output_dir` can be written.
+    """Checks what settings name: trackers, optimizer, schedule, compiler, validation prompts and `output_dir`.
 
     Raises:
-        ValueError: One of them does not exist or is not installed, or something in `output_dir` is in the way.
+        ValueError: One of them does not exist, is not installed or cannot be drawn, or something in `output_dir` is in
+            the way.
+        TypeError: The settings are of another class.
     """
+    if not isinstance(args, ContrastiveFlowMatchingArguments):
+        raise TypeError(f"args must be ContrastiveFlowMatchingArguments, but are {quoted(args)}")
     _check_output(args)
+    if args.validation_prompts:
+        load_prompts(args.validation_prompts)  # raises for what no pipeline can draw
+    if args.torch_compile:
+        _check_compilation(args)
     usable = [str(name) for name in get_available_trackers()]
     for name in args.report_to:
         if name not in ("all", *usable):
@@ -61,6 +74,17 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
     Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
+
+
+def _check_compilation(args: ContrastiveFlowMatchingArguments) -> None:
+    backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
+    try:
+        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+    except Exception as error:  # each backend has its own
+        raise ValueError(
+            f"torch.compile takes no torch_compile_backend={backend!r} with torch_compile_mode={mode!r}: "
+            f"{one_line(error)}; torch.compiler.list_backends() names the backends"
+        ) from error
 
 
 def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
