@@ -203,6 +203,41 @@ def test_a_settings_file_serves_every_command_and_the_command_line_goes_before_i
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt: 5", "prompt in settings.yaml must be a text, but is 5; write texts in quotes"),
+        ("prompt: [a, null]", "prompt in settings.yaml must be a text, but is None; write texts in quotes"),
+        ("prompt: {a: b}", "prompt in settings.yaml must be a text, but is {'a': 'b'}"),
+        ("prompt: 2020-01-01", "prompt in settings.yaml must be a text, but is datetime.date"),
+        ("out: yes", "out in settings.yaml must be a text, but is True; write texts in quotes"),
+        ("seed: 1.5", "seed in settings.yaml must be a whole number, but is 1.5"),
+        ("seed: true", "seed in settings.yaml must be a whole number, but is True"),
+        ("seed: [1]", "seed in settings.yaml must be a whole number, but is [1]"),
+        ("seed: 99999999999999999999", "seed must be below 2**63 in size, but is 99999999999999999999"),
+        ("weight: .nan", "weight must be a finite number, but is nan"),
+        ("dry_run: 1", "dry_run in settings.yaml must be true or false, but is 1"),
+        ("dtype: int8", "dtype in settings.yaml must be one of float32, bfloat16, float16, but is 'int8'"),
+        ("out: a.png\nout: b.png", "settings.yaml is neither YAML nor JSON: the key 'out' is there twice"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text(content)
+    rest = ["--pipeline", SD3, *([] if "prompt" in content else ["--prompt", "a"])]
+    assert run("generate", ["settings.yaml", *rest]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_text_in_a_file_is_a_list_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "settings.yaml").write_text("prompt: a red circle\nweight: 1\nseed: '7'")
+    assert run("generate", [str(tmp_path / "settings.yaml"), "--pipeline", SD3, "--dry_run"]) == 0
+    printed = json.loads(capsys.readouterr().out.split("would write")[0])
+    assert (printed["prompt"], printed["weight"], printed["seed"]) == (["a red circle"], 1, 7)
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--prompt", "x"], "the following arguments are required: --pipeline"),
