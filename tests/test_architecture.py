@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "pairs": set(),
     "objectives": {"pairs"},
     "conditioning": {"compat", "denoisers", "families", "noising"},
-    "editing": {"adapter", "conditioning", "noising", "pipeline"},
+    "editing": {"adapter", "conditioning", "noising", "pipeline", "quoting"},
     "evaluation": {
         "card",
         "checkpoint",

@@ -6,7 +6,6 @@ guidance-distilled denoiser (FLUX.1 dev) takes g as an input instead and is call
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,10 @@ from torch import Tensor
 from ..adapter import adapters_of
 from ..conditioning import Conditioner, Conditions, concatenate, conditioner_of, take
 from ..pipeline import softrepa_disabled
-from .request import texts
+from ..quoting import quoted
+from .request import is_number, texts
+
+_LARGEST_SCALE = 1e6  # beyond it float32 predictions may overflow
 
 
 @final
@@ -67,8 +69,11 @@ def conditioner_for(pipeline: Any, guidance_scale: float, max_sequence_length: i
         ValueError: The denoiser's family has no conditioner, or the scale is not positive.
     """
     conditioner = conditioner_of(pipeline, max_sequence_length=max_sequence_length)
-    if not 0 < guidance_scale < math.inf:
-        raise ValueError(f"guidance scales must be positive, where 1.0 is no guidance, but one is {guidance_scale}")
+    if not is_number(guidance_scale) or not 0 < guidance_scale <= _LARGEST_SCALE:
+        raise ValueError(
+            f"guidance scales must be positive, at most {_LARGEST_SCALE:g}, where 1.0 is no guidance, but one is "
+            f"{quoted(guidance_scale)}"
+        )
     if not is_distilled(conditioner):
         return conditioner
     return conditioner_of(pipeline, max_sequence_length=max_sequence_length, guidance_scale=guidance_scale)
