@@ -63,6 +63,7 @@ ARROWS: dict[str, set[str]] = {
         "hub",
         "pipeline",
         "quoting",
+        "weights",
     },
     "commands": {
         "checkpoint",

@@ -114,8 +114,8 @@ class Gallery:
     def write_manifest(self) -> None:
         """Checks the images on disk against what `describe` recorded, and writes the manifest.
 
-        Settings, prompts and seeds are added to those of earlier runs. A truncated image is deleted, so that it is
-        drawn again.
+        Settings, prompts and seeds are added to those of earlier runs that left images. A truncated image is deleted,
+        so that it is drawn again.
 
         Raises:
             ValueError: An image on disk was drawn with something else, was changed, or belongs somewhere else; or the
@@ -126,7 +126,7 @@ class Gallery:
             check_places(folder, names, what="output_dir")
         old = _read_manifest(path) if path.is_file() else None
         new = dict(self._drawn_with)
-        if old is not None:
+        if old is not None and any((self.folder / entry["file"]).is_file() for entry in old["images"]):
             changed = _changes(old, new)
             if changed:
                 raise ValueError(

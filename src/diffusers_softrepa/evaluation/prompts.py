@@ -80,8 +80,10 @@ def load_prompts(
             raise ValueError(f"prompts are read from .json, .jsonl, .tsv and .txt files, but the file is {path}")
         else:
             prompts = _from_rows(_dataset(str(source), split, limit), str(source), column, category_column)
-    else:
+    elif isinstance(source, Iterable):
         prompts = _from_rows(list(source), "the list", column, category_column)
+    else:
+        raise TypeError(f"prompts must be a file, a data set or a list of strings, but are {quoted(source)}")
     prompts = prompts[:limit]
     if not prompts:
         raise ValueError(f"there are no prompts in {quoted(source)}; give a source with at least one")
