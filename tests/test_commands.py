@@ -244,12 +244,71 @@ def test_one_text_in_a_file_is_a_list_of_one(tmp_path: Path, capsys: pytest.Capt
         (["--pipeline", SD3, "--prompt", "a", "--sed", "3"], "unknown settings: sed; did you mean seed?"),
         (["--pipeline", SD3, "--prompt", "a", "--seed", "x"], "invalid int value: 'x'"),
         (["--pipeline", "user/model", "--prompt", "a"], "user/model"),
+        (
+            ["--pipeline", SD3, "--prompt", "a", "--out", ""],
+            "the output must name a file, such as image.png, but is ''",
+        ),
+        (["--pipeline", SD3, "--prompt", "a", "--out", "."], "the output must name a file, such as image.png, but is"),
+        (["--pipeline", SD3, "--prompt", "a", "--out", "n" * 300], "File name too long"),
+        (["--pipeline", SD3, "--prompt", "a", "--out", f"{__file__}/a"], "the folder of the output must be a folder,"),
+        (
+            ["--pipeline", SD3, "--prompt", "half \udcff"],
+            "--prompt must be text in the encoding of the terminal, but is",
+        ),
+        (["--pipeline", SD3, "--prompt", "a", "--negative_prompt", "\udcff"], "--negative_prompt must be text in the"),
+        (["--pipeline", SD3, "--prompt", "a", "--device", "zzz"], "--device zzz cannot be used here: "),
     ],
 )
 def test_a_wrong_option_is_a_sentence_and_status_2(argv: Any, message: str, capsys: pytest.CaptureFixture[str]):
     assert run("generate", argv) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["push", ADAPTER, "a/b/c", "--dry_run"], "repo_id must be a repository such as user/my-tokens, but: "),
+        (["push", ADAPTER, "", "--dry_run"], "repo_id must be a repository such as user/my-tokens, but: "),
+        (
+            ["evaluate", "--pipeline", SD3, "--prompts", __file__, "--out", __file__, "--dry_run"],
+            "--out must be a folder",
+        ),
+        (
+            ["train", "--pretrained_model_name_or_path", SD3, "--train_data", ""],
+            "train_data must name images or a data",
+        ),
+        (
+            ["edit", *["--pipeline", "m", "--image", "i", "--source", "a", "--target", "b", "--output"], __file__],
+            "--output must be a folder",
+        ),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_wrong_options_of_the_other_commands_are_refused_before_a_model_is_loaded(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert softrepa_command.main(argv) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Loading" not in printed
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["--out", "~/a.png"], ["--out=~/a.png"]):
+        assert run("generate", ["--pipeline", SD3, "--prompt", "a", *words, "--dry_run"]) == 0
+        assert f"would write {tmp_path}/a.png" in capsys.readouterr().out
+    assert run("info", ["~/nowhere"]) == 2
+    assert f"there is no file or folder {tmp_path}/nowhere" in capsys.readouterr().err
+
+
+def test_an_error_of_convert_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save(torch.nn.Parameter(torch.zeros(5, 4, 8)), tmp_path / "dc_tokens.pth")
+    argv = [str(tmp_path), str(tmp_path / "out"), "--family", "sd3", "--base-model", "a\nb"]
+    assert run("convert", argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("softrepa convert: error: base_model_name_or_path must")
 
 
 # The sub-commands.

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from transformers import HfArgumentParser
 
 from ..files import parse_json
-from ..quoting import one_line, quoted
+from ..quoting import is_text, one_line, quoted
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -217,6 +217,23 @@ def _is_of(value: Any, kind: Any) -> bool:
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check_texts(settings: object, *names: str) -> None:
+    """Checks that options hold texts, which words of a command line in another encoding are not.
+
+    Args:
+        settings: The dataclass of the options.
+        names: The options: texts, lists of texts or None.
+
+    Raises:
+        ValueError: A text has a null character or half of a character.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        for text in value if isinstance(value, list) else [value or ""]:
+            if not is_text(text):
+                raise ValueError(f"--{name} must be text in the encoding of the terminal, but is {quoted(text)}")
 
 
 def _check_range(name: str, value: Any) -> None:

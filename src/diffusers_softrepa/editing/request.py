@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from ..quoting import quoted
+from ..quoting import is_text, quoted
 
 _MOST = 1_000_000
 
@@ -28,7 +28,7 @@ def texts(name: str, given: Any) -> list[str]:
     if not listed:
         raise ValueError(f"{name} must contain at least one prompt, but the list is empty")
     for text in listed:
-        if any("\ud800" <= sign <= "\udfff" or sign == "\0" for sign in text):
+        if not is_text(text):
             raise ValueError(f"{name} must be text, but {quoted(text)} has a lone surrogate or a null character")
     return list(listed)
 
