@@ -75,14 +75,20 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def check_passes_gradients(denoiser: nn.Module) -> None:
-    """Checks that gradients flow through each quantised linear layer of a denoiser, which training requires.
+    """Checks that gradients flow through a denoiser, also through its quantised linear layers, as training requires.
 
     Args:
         denoiser: The denoiser to train on.
 
     Raises:
-        ValueError: A layer stops gradients, as torchao's dynamic int8 quantisation does, which rounds activations.
+        ValueError: A layer stops gradients, as torchao's dynamic int8 quantisation does, which rounds activations; or
+            the denoiser was loaded in inference mode.
     """
+    if any(parameter.is_inference() for parameter in denoiser.parameters()):
+        raise ValueError(
+            f"training needs gradients through the denoiser, but this {type(denoiser).__name__} was loaded inside "
+            "torch.inference_mode(), which keeps none; load the pipeline outside of it"
+        )
     for name, layer in denoiser.named_modules():
         weight: Any = getattr(layer, "weight", None)
         if not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter or weight is None or weight.is_meta:

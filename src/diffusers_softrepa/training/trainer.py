@@ -111,6 +111,7 @@ class ContrastiveFlowMatchingTrainer:
         ValueError: The data, the settings and the pipeline do not fit together.
     """
 
+    @torch.inference_mode(False)  # whatever mode the process is in
     def __init__(
         self,
         pipeline: Any,
@@ -211,6 +212,8 @@ class ContrastiveFlowMatchingTrainer:
         ended = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
         return ended and not self.control.should_pause
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainingResult:
         """Trains to the last step, or until a signal stops the run, which saves a checkpoint first.
 
