@@ -18,7 +18,8 @@ from PIL import Image
 import command_options
 import softrepa_command
 from diffusers_softrepa.checkpoint import load_checkpoint
-from diffusers_softrepa.commands import run
+from diffusers_softrepa.commands import generate, run
+from diffusers_softrepa.commands.models import placed_pipeline
 from diffusers_softrepa.commands.output import survivable_output
 from diffusers_softrepa.compat import pipeline_precision
 from diffusers_softrepa.evaluation.images import grid
@@ -342,6 +343,19 @@ def test_generate_lays_base_and_adapter_side_by_side(tmp_path: Path, capsys: pyt
     assert run("generate", argv) == 0  # without an adapter, and never over a file that is there
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "a-1.png")
     assert pixels(tmp_path / "new" / "a-1.png").shape[1] == 32
+
+
+def test_an_image_that_another_process_wrote_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load(options: Any) -> Any:
+        (tmp_path / "cat.png").write_text("of another process")
+        return placed_pipeline(options)
+
+    monkeypatch.setattr(generate, "placed_pipeline", load)
+    assert run("generate", [*SHORT, "--prompt", "a red circle", "--out", str(tmp_path / "cat.png")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/cat-1.png\n"
+    assert (tmp_path / "cat.png").read_text() == "of another process"
 
 
 def test_edit_and_evaluate_write_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -374,6 +374,11 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         ValueError,
         "weight_name must be a plain file name that ends in .safetensors, but is 5",
     ),
+    "save with a list": (
+        lambda d: save_softrepa(d, "never", license=["mit"]),
+        ValueError,
+        r"a licence must .* \['mit'\]",
+    ),
     "save as a suffix": (
         lambda d: save_softrepa(d, "never", weight_name=".safetensors"),
         ValueError,

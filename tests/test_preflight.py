@@ -67,6 +67,7 @@ def test_names_that_a_run_does_not_use_are_left_alone(tmp_path: Path):
     [
         ({"torch_compile": True, "torch_compile_backend": "zzz"}, "takes no torch_compile_backend='zzz' with"),
         ({"torch_compile": True, "torch_compile_mode": "zzz"}, "with torch_compile_mode='zzz': "),
+        ({"hub_license": "a\nb"}, "a licence must be a text as the Hub spells it, .* but is 'a.*b'"),
         ({"validation_prompts": ["half a \ud83d"]}, "the text of a prompt must be text, but .* lone surrogate"),
         ({"validation_prompts": ["nul \0"]}, "the text of a prompt must be text, but .* null character"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint='checkpoint-7' is no checkpoint folder"),

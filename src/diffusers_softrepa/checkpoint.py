@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .card import model_card, refreshed
+from .card import check_license, model_card, refreshed
 from .config import MAX_CONFIG_BYTES, SoftREPAConfig
 from .files import UnreadableJSON, check_places, parse_json, write_whole
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, files_of, is_missing, located, may_be_fetched_again
@@ -103,7 +103,8 @@ def save_checkpoint(
         The names of the adapter's files.
 
     Raises:
-        ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` is not a file name.
+        ValueError: The tensors do not fit the config, `directory` is a file, `weight_name` is not a file name, or
+            `license` is not a short text.
     """
     weight_name = weight_name or WEIGHTS_NAME
     is_name = isinstance(weight_name, str) and Path(weight_name).name == weight_name
@@ -112,6 +113,7 @@ def save_checkpoint(
             f"weight_name must be a plain file name that ends in .safetensors, but is {quoted(weight_name)}"
         )
     check_places(directory, [weight_name, CONFIG_NAME, CARD_NAME], what="the place of an adapter")
+    check_license(license)
     directory = Path(directory)
     kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     checked_tensors(kept, config, "the adapter to save")

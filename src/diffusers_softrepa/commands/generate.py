@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
             rows.append(
                 [_draw(pipe, prompt, given.seed, call, adapted=bool(column)) for column in range(len(columns))]
             )
+    path = free_path(given.out, ".png")  # again: another process may have taken the name while this one drew
     save_image(grid(rows, given.prompt, columns, max_side=None), path)
     print(path)
 

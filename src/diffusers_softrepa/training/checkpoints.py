@@ -25,7 +25,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import SoftREPAConfig
 from ..files import move_into_place, read_json, whole_file, write_whole
 from ..hub import CARD_NAME
-from ..quoting import one_line
+from ..quoting import one_line, quoted
 from .arguments import RENAMED
 
 logger = logging.getLogger(__name__)
@@ -282,10 +282,15 @@ def _is_whole(path: Path) -> bool:
 
 def _manifest(path: Path) -> dict[str, str]:
     """Returns the digest of each file; none for checkpoints of versions without a manifest."""
-    return read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).is_file() else {}
+    found = read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).exists() else {}
+    if not isinstance(found, dict) or not all(Path(name).name == name for name in found):
+        raise ValueError(f"{MANIFEST_NAME} must hold the digests of files of the checkpoint, but is {quoted(found)}")
+    return found
 
 
 def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -7,6 +7,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from ..card import check_license
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..evaluation.prompts import load_prompts
 from ..files import check_places
@@ -62,6 +63,7 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
     if not isinstance(args, ContrastiveFlowMatchingArguments):
         raise TypeError(f"args must be ContrastiveFlowMatchingArguments, but are {quoted(args)}")
     _check_output(args)
+    check_license(args.hub_license)
     if args.validation_prompts:
         load_prompts(args.validation_prompts)  # raises for what no pipeline can draw
     if args.torch_compile:
