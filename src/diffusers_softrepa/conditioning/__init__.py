@@ -4,7 +4,6 @@ To train another pipeline class, write a `Conditioner` for it and add it to `_CO
 """
 
 import inspect
-from numbers import Real
 from typing import Any
 
 from ..denoisers import denoiser_of
@@ -58,7 +57,7 @@ def conditioner_of(
     foreign = sorted(settings.keys() - inspect.signature(conditioner).parameters.keys())
     if foreign:
         raise ValueError(f"{type(pipeline).__name__} has no setting {', '.join(foreign)}; do not set it")
-    if any(isinstance(value, bool) or not isinstance(value, Real) or not value > 0 for value in settings.values()):
+    if any(isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 for value in settings.values()):
         raise ValueError(f"settings must be positive, but are {settings}")
     if max_sequence_length is not None and not isinstance(max_sequence_length, int):
         raise ValueError(f"max_sequence_length must be a whole number, but is {max_sequence_length}")
