@@ -23,9 +23,13 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 import diffusers_softrepa  # noqa: F401  (gives pipelines the verbs)
-from shapes_world.drawing import BASE, FOLDER, Measured, draw, framed, gain, load_base, measure
-from shapes_world.train_adapter import RECIPE, pairs, train_tokens
-from shapes_world.world import SKILLS, Ask, prompts
+from diffusers_softrepa.compat import drop_torchvision_hints
+
+drop_torchvision_hints()  # which are logged when diffusers' pipelines are imported
+
+from shapes_world.drawing import BASE, FOLDER, Measured, draw, framed, gain, load_base, measure  # noqa: E402
+from shapes_world.train_adapter import RECIPE, pairs, train_tokens  # noqa: E402
+from shapes_world.world import SKILLS, Ask, prompts  # noqa: E402
 
 ADAPTER = FOLDER / "adapter"
 SHOWN = (("counting", 1), ("color_attr", 0), ("position", 0), ("two_object", 0), ("long", 0), ("colors", 0))

@@ -31,7 +31,7 @@ from diffusers_softrepa.evaluation import CLIPScore, EvaluationResult, evaluate,
 from diffusers_softrepa.evaluation.result import Row, without_nan
 from roc import auc, auc_within
 from shapes_world import edits as edited
-from shapes_world.drawing import BASE, FOLDER, STEPS, load_base
+from shapes_world.drawing import BASE, FOLDER, STEPS, load_base, mean_and_error
 from shapes_world.models import MAX_WORDS
 from shapes_world.oracle_metric import OracleMetric, as_prompts
 from shapes_world.world import SKILLS, Ask, Thing, prompts, random_ask, random_background, render
@@ -100,9 +100,8 @@ def _features(encode: Callable[[Sequence[Any]], Tensor], inputs: Sequence[Any]) 
 
 
 def _mean(values: Sequence[float]) -> dict[str, float]:
-    count = len(values)
-    error = float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
-    return {"share": float(np.mean(values)) if count else math.nan, "error": error, "images": count}
+    share, error = mean_and_error(values) if values else (math.nan, math.nan)
+    return {"share": share, "error": error, "images": len(values)}
 
 
 # Drawn and edited images.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shapes_world.drawing import BASE, Measured, draw, features, framed, load_base, measure, right
+from shapes_world.drawing import BASE, Measured, draw, features, framed, load_base, mean_and_error, measure, right
 from shapes_world.train_adapter import (
     BATCH,
     EVALUATED,
@@ -194,9 +194,9 @@ def gain_and_errors(correct: np.ndarray, base: np.ndarray) -> dict[str, float]:
     """
     first, second = correct.astype(float), base.astype(float)
     difference = first.mean(0) - second.mean(0)  # (images,)
-    images_error = float(difference.std(ddof=1) / len(difference) ** 0.5)
-    spread = float(np.hypot(*(_mean_and_error(row.mean(1))[1] for row in (first, second))))
-    return {"gain": float(difference.mean()), "error": float(np.hypot(images_error, spread)), "training": spread}
+    gain, images_error = mean_and_error(difference)
+    spread = float(np.hypot(*(_over_trainings(row.mean(1))[1] for row in (first, second))))
+    return {"gain": gain, "error": float(np.hypot(images_error, spread)), "training": spread}
 
 
 def compare(names: Sequence[str], args: argparse.Namespace) -> str:
@@ -250,7 +250,7 @@ def results(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[st
                 for seed, some in enumerate(asks)
             ]
             row: dict[str, Any] = {
-                "accuracy": {key: _mean_and_error([score[key] for score in scores]) for key in scores[0]},
+                "accuracy": {key: _over_trainings([score[key] for score in scores]) for key in scores[0]},
                 "quality": float(np.mean([run.quality.mean() for some in runs for run in some])),
                 "counted": float(np.mean([run.counted.mean() for some in runs for run in some])),
                 "distance": float(
@@ -284,8 +284,9 @@ def as_markdown(table: Mapping[str, Mapping[str, Any]], scale: str) -> str:
     return "\n".join(lines)
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+def _over_trainings(values: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and standard error over training seeds; the error is 0 with one seed, as for the base model."""
+    return mean_and_error(values) if len(values) > 1 else (float(values[0]), 0.0)
 
 
 def _diagnostics(log: Path) -> dict[str, float]:

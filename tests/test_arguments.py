@@ -19,6 +19,8 @@ from training_runs import QUICK, rows, trainer
         ({"learning_rate": float("nan")}, "learning_rate must be of type float"),
         ({"learning_rate": "fast"}, "learning_rate must be of type float, but is 'fast'"),
         ({"learning_rate": 0}, "learning_rate must be a positive number"),
+        ({"learning_rate": 10**400}, "learning_rate must be of type float, but is a whole number of 1329 bits"),
+        ({"seed": 10**400}, r"seeds must be below 2\*\*63, but are a whole number of 1329 bits and 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be a positive number"),
         ({"logit_scale": 0.0}, "logit_scale must be a positive number"),
         ({"denoising_weight": -1.0}, "denoising_weight must be 0 or more"),

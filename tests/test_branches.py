@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 import tiny
 import zoo_pipelines
-from diffusers_softrepa import SoftREPAConfig, evaluate, load_softrepa, softrepa_disabled
+from diffusers_softrepa import (
+    ContrastiveFlowMatchingArguments,
+    SoftREPAConfig,
+    evaluate,
+    flow_edit,
+    invert,
+    load_softrepa,
+    regenerate,
+    softrepa_disabled,
+)
 from diffusers_softrepa.adapter import adapters_of
 from diffusers_softrepa.branches import select_rows
 from diffusers_softrepa.pipeline import softrepa_left_as_found
+from diffusers_softrepa.training.preparation import choose_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
@@ -234,6 +244,37 @@ def test_one_negative_prompt_for_many(name: str):
     pipe = adapted(name)
     found = draw(name, pipe, ["no trees", "a cat", "two dogs"], negative_prompt="no trees")
     assert torch.isfinite(found).all()
+
+
+def test_training_on_sets_both_branches():
+    pipe = adapted("sd3")
+    pipe.softrepa_parameters()["tokens"].requires_grad_()
+    assert choose_adapter(pipe, ContrastiveFlowMatchingArguments(), None, None, num_banks=1) == "softrepa"
+    assert adapters_of(pipe.transformer).state.guidance_branch == "both"
+
+
+def test_editing_with_one_branch_is_refused_before_a_denoiser_call():
+    pipe = adapted("sd3")
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the denoiser was called"))
+    short = {"num_inference_steps": 2, "max_sequence_length": 24}
+    image = torch.rand(1, 3, 16, 24)
+    edits = {
+        "flow_edit": lambda: flow_edit(pipe, image, "a cat", "a dog", **short),
+        "invert": lambda: invert(pipe, image, "a cat", **short),
+        "regenerate": lambda: regenerate(pipe, torch.rand(1, 16, 2, 3), "a cat", guidance_scale=2.0, **short),
+    }
+    for edit in edits.values():
+        with pytest.raises(ValueError, match=r"\['softrepa'\] were set with guidance_branch='positive'; call set_"):
+            edit()
+
+
+def test_editing_without_the_adapter_takes_any_branch():
+    pipe = adapted("sd3")
+    short = {"num_inference_steps": 2, "max_sequence_length": 24, "output_type": "latent", "generator": 0}
+    image = torch.rand(1, 3, 16, 24)
+    found = flow_edit(pipe, image, "a cat", "a dog", adapter_scope="none", **short)
+    pipe.unload_softrepa()
+    assert torch.equal(found, flow_edit(pipe, image, "a cat", "a dog", **short))
 
 
 def test_evaluating_sets_both_branches_and_puts_the_choice_back(tmp_path: Path):

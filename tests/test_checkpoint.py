@@ -192,7 +192,7 @@ def test_a_weight_name_that_could_not_be_loaded_is_refused(
 
 def test_saving_over_a_file_is_refused(tmp_path: Path, config: Any, tensors: Any):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"an adapter is saved into a folder, but .*file is a file"):
+    with pytest.raises(ValueError, match=r"the place of an adapter must be a folder, but .*file is a file"):
         save_checkpoint(tmp_path / "file", config, tensors)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -69,9 +69,16 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no weights": lambda folder: (folder / WEIGHTS).unlink(),
     "no config": lambda folder: (folder / CONFIG).unlink(),
     "a manifest cut off": cut(MANIFEST, 9),
+    "a manifest that is a list": lambda folder: (folder / MANIFEST).write_text("[]"),
+    "a manifest that names a device": lambda folder: (folder / MANIFEST).write_text('{"/dev/zero": "0"}'),
+    "a manifest that names a file elsewhere": lambda folder: (folder / MANIFEST).write_text('{"../README.md": "0"}'),
+    "a manifest that is a folder": lambda folder: ((folder / MANIFEST).unlink(), (folder / MANIFEST).mkdir()),
     "an old one with an empty state": without_manifest(cut(STATE, 0)),
     "an old one that lacks its step": without_manifest(edit_state(lambda state: state.pop("step"))),
     "an old one of another step": without_manifest(edit_state(lambda state: state.update(step=2))),
+    "an old one of half a step": without_manifest(edit_state(lambda state: state.update(step=4.0))),
+    "an old one without an optimizer": without_manifest(edit_state(lambda state: state.update(optimizer="none"))),
+    "an old one without a schedule": without_manifest(edit_state(lambda state: state.update(schedule=None))),
     "an old one that is a list": without_manifest(lambda folder: torch.save([], folder / STATE)),
     "an old one of other shapes": without_manifest(
         lambda folder: save_file({"tokens": torch.zeros(2, 2, 2)}, folder / WEIGHTS)

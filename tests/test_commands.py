@@ -1,6 +1,7 @@
 """The `softrepa` command on the embedded pipeline: every sub-command, its settings, errors, outputs and statuses."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -17,7 +18,8 @@ from PIL import Image
 import command_options
 import softrepa_command
 from diffusers_softrepa.checkpoint import load_checkpoint
-from diffusers_softrepa.commands import run
+from diffusers_softrepa.commands import generate, run
+from diffusers_softrepa.commands.models import placed_pipeline
 from diffusers_softrepa.commands.output import survivable_output
 from diffusers_softrepa.compat import pipeline_precision
 from diffusers_softrepa.evaluation.images import grid
@@ -122,6 +124,30 @@ def test_the_options_on_the_page_of_commands_are_those_that_help_prints(capsys: 
 # Output.
 
 
+def test_a_command_shows_no_requests_of_the_hub_and_no_hints_about_torchvision(monkeypatch: pytest.MonkeyPatch):
+    shown: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: shown.append(record.getMessage()))
+    library, client = logging.getLogger("transformers.utils.import_utils"), logging.getLogger("httpx")
+    monkeypatch.setattr(client, "level", logging.INFO)
+
+    def main(_argv: Any) -> None:
+        client.info("HTTP Request: GET https://huggingface.co")
+        library.error("`CLIPImageProcessor` requires torchvision (not installed); falling back")
+        library.error("another message")
+        client.warning("another message")
+
+    monkeypatch.setattr("diffusers_softrepa.commands.info.main", main)
+    for logger in (library, client):
+        logger.addHandler(handler)
+    try:
+        assert run("info", []) == 0
+    finally:
+        for logger in (library, client):
+            logger.removeHandler(handler)
+    assert shown == ["another message"] * 2
+
+
 def test_output_in_an_encoding_that_lacks_a_character_is_escaped_and_the_status_stays():
     command = [sys.executable, "-m", "diffusers_softrepa", "generate", *SHORT, "--prompt", "жанр", "--dry_run"]
     ran = subprocess.run(
@@ -178,18 +204,112 @@ def test_a_settings_file_serves_every_command_and_the_command_line_goes_before_i
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt: 5", "prompt in settings.yaml must be a text, but is 5; write texts in quotes"),
+        ("prompt: [a, null]", "prompt in settings.yaml must be a text, but is None; write texts in quotes"),
+        ("prompt: {a: b}", "prompt in settings.yaml must be a text, but is {'a': 'b'}"),
+        ("prompt: 2020-01-01", "prompt in settings.yaml must be a text, but is datetime.date"),
+        ("out: yes", "out in settings.yaml must be a text, but is True; write texts in quotes"),
+        ("seed: 1.5", "seed in settings.yaml must be a whole number, but is 1.5"),
+        ("seed: true", "seed in settings.yaml must be a whole number, but is True"),
+        ("seed: [1]", "seed in settings.yaml must be a whole number, but is [1]"),
+        ("seed: 99999999999999999999", "seed must be below 2**63 in size, but is 99999999999999999999"),
+        ("weight: .nan", "weight must be a finite number, but is nan"),
+        ("dry_run: 1", "dry_run in settings.yaml must be true or false, but is 1"),
+        ("dtype: int8", "dtype in settings.yaml must be one of float32, bfloat16, float16, but is 'int8'"),
+        ("out: a.png\nout: b.png", "settings.yaml is neither YAML nor JSON: the key 'out' is there twice"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text(content)
+    rest = ["--pipeline", SD3, *([] if "prompt" in content else ["--prompt", "a"])]
+    assert run("generate", ["settings.yaml", *rest]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_text_in_a_file_is_a_list_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "settings.yaml").write_text("prompt: a red circle\nweight: 1\nseed: '7'")
+    assert run("generate", [str(tmp_path / "settings.yaml"), "--pipeline", SD3, "--dry_run"]) == 0
+    printed = json.loads(capsys.readouterr().out.split("would write")[0])
+    assert (printed["prompt"], printed["weight"], printed["seed"]) == (["a red circle"], 1, 7)
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--prompt", "x"], "the following arguments are required: --pipeline"),
         (["--pipeline", SD3, "--prompt", "a", "--sed", "3"], "unknown settings: sed; did you mean seed?"),
         (["--pipeline", SD3, "--prompt", "a", "--seed", "x"], "invalid int value: 'x'"),
         (["--pipeline", "user/model", "--prompt", "a"], "user/model"),
+        (
+            ["--pipeline", SD3, "--prompt", "a", "--out", ""],
+            "the output must name a file, such as image.png, but is ''",
+        ),
+        (["--pipeline", SD3, "--prompt", "a", "--out", "."], "the output must name a file, such as image.png, but is"),
+        (["--pipeline", SD3, "--prompt", "a", "--out", "n" * 300], "File name too long"),
+        (["--pipeline", SD3, "--prompt", "a", "--out", f"{__file__}/a"], "the folder of the output must be a folder,"),
+        (
+            ["--pipeline", SD3, "--prompt", "half \udcff"],
+            "--prompt must be text in the encoding of the terminal, but is",
+        ),
+        (["--pipeline", SD3, "--prompt", "a", "--negative_prompt", "\udcff"], "--negative_prompt must be text in the"),
+        (["--pipeline", SD3, "--prompt", "a", "--device", "zzz"], "--device zzz cannot be used here: "),
     ],
 )
 def test_a_wrong_option_is_a_sentence_and_status_2(argv: Any, message: str, capsys: pytest.CaptureFixture[str]):
     assert run("generate", argv) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["push", ADAPTER, "a/b/c", "--dry_run"], "repo_id must be a repository such as user/my-tokens, but: "),
+        (["push", ADAPTER, "", "--dry_run"], "repo_id must be a repository such as user/my-tokens, but: "),
+        (
+            ["evaluate", "--pipeline", SD3, "--prompts", __file__, "--out", __file__, "--dry_run"],
+            "--out must be a folder",
+        ),
+        (
+            ["train", "--pretrained_model_name_or_path", SD3, "--train_data", ""],
+            "train_data must name images or a data",
+        ),
+        (
+            ["edit", *["--pipeline", "m", "--image", "i", "--source", "a", "--target", "b", "--output"], __file__],
+            "--output must be a folder",
+        ),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_wrong_options_of_the_other_commands_are_refused_before_a_model_is_loaded(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert softrepa_command.main(argv) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Loading" not in printed
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["--out", "~/a.png"], ["--out=~/a.png"]):
+        assert run("generate", ["--pipeline", SD3, "--prompt", "a", *words, "--dry_run"]) == 0
+        assert f"would write {tmp_path}/a.png" in capsys.readouterr().out
+    assert run("info", ["~/nowhere"]) == 2
+    assert f"there is no file or folder {tmp_path}/nowhere" in capsys.readouterr().err
+
+
+def test_an_error_of_convert_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save(torch.nn.Parameter(torch.zeros(5, 4, 8)), tmp_path / "dc_tokens.pth")
+    argv = [str(tmp_path), str(tmp_path / "out"), "--family", "sd3", "--base-model", "a\nb"]
+    assert run("convert", argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("softrepa convert: error: base_model_name_or_path must")
 
 
 # The sub-commands.
@@ -223,6 +343,19 @@ def test_generate_lays_base_and_adapter_side_by_side(tmp_path: Path, capsys: pyt
     assert run("generate", argv) == 0  # without an adapter, and never over a file that is there
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "a-1.png")
     assert pixels(tmp_path / "new" / "a-1.png").shape[1] == 32
+
+
+def test_an_image_that_another_process_wrote_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load(options: Any) -> Any:
+        (tmp_path / "cat.png").write_text("of another process")
+        return placed_pipeline(options)
+
+    monkeypatch.setattr(generate, "placed_pipeline", load)
+    assert run("generate", [*SHORT, "--prompt", "a red circle", "--out", str(tmp_path / "cat.png")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/cat-1.png\n"
+    assert (tmp_path / "cat.png").read_text() == "of another process"
 
 
 def test_edit_and_evaluate_write_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

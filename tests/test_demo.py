@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +43,12 @@ def test_the_demo_loads_measures_draws_and_trains(demo, tmp_path, capsys, monkey
     assert (tmp_path / "trained" / "adapter_model.safetensors").exists()
     demo.main(["--per-skill", "1", "--steps", "2", "--output", str(tmp_path)])  # again, into the same folder
     assert json.loads((tmp_path / "trained" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_no_hint_to_install_torchvision_comes_before_the_demo():
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "torchvision" not in ran.stderr
 
 
 def test_the_shipped_adapter_brings_out_what_the_shipped_base_knows(demo):

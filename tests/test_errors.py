@@ -14,7 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny
-from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, softrepa_parameters, supported_denoisers
+from diffusers_softrepa import (
+    SoftREPAConfig,
+    add_softrepa,
+    delete_softrepa,
+    get_softrepa_adapters,
+    load_softrepa,
+    save_softrepa,
+    set_softrepa,
+    softrepa_parameters,
+    supported_denoisers,
+    unload_softrepa,
+)
+from diffusers_softrepa.adapter import adapters_of
 from diffusers_softrepa.checkpoint import save_checkpoint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -324,3 +336,72 @@ def test_a_pipeline_without_text_says_what_it_has_and_what_is_supported(verb: Ca
         assert all(name in str(caught.value) for name in (*supported_denoisers(), "register_family"))
     assert set(vars(pipe.unet)) == keys
     assert pipe.unet.config.in_channels == 3
+
+
+TARGETS = {"None": None, "a path": "runs/tokens", "a number": 5, "a class": tiny.sd3_pipeline, "a dict": {}}
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "load": lambda target: load_softrepa(target, "source"),
+    "add": add_softrepa,
+    "save": lambda target: save_softrepa(target, "folder"),
+    "set": lambda target: set_softrepa(target, "softrepa"),
+    "delete": lambda target: delete_softrepa(target, "softrepa"),
+    "unload": unload_softrepa,
+    "get": get_softrepa_adapters,
+    "parameters": softrepa_parameters,
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_is_no_pipeline_is_named(call: Callable[[Any], Any], target: Any):
+    with pytest.raises(TypeError, match="soft tokens are for a diffusers pipeline or its denoiser, but the target is"):
+        call(target)
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "add a dict": (lambda d: add_softrepa(d, {"family": "sd3"}), TypeError, "config must be a SoftREPAConfig, but is"),
+    "add with a seed": (lambda d: add_softrepa(d, generator=5), TypeError, "generator must be a torch.Generator, but"),
+    "delete a number": (lambda d: delete_softrepa(d, 5), TypeError, "must be an adapter's name, several, or"),
+    "delete bytes": (lambda d: delete_softrepa(d, b"mine"), TypeError, "must be an adapter's name, several, or"),
+    "save nowhere": (
+        lambda d: save_softrepa(d, None),
+        TypeError,
+        "the place of an adapter must be a path, but is None",
+    ),
+    "save into nothing": (lambda d: save_softrepa(d, ""), ValueError, "must be a folder, but its name is empty"),
+    "save as a number": (
+        lambda d: save_softrepa(d, "never", weight_name=5),
+        ValueError,
+        "weight_name must be a plain file name that ends in .safetensors, but is 5",
+    ),
+    "save with a list": (
+        lambda d: save_softrepa(d, "never", license=["mit"]),
+        ValueError,
+        r"a licence must .* \['mit'\]",
+    ),
+    "save as a suffix": (
+        lambda d: save_softrepa(d, "never", weight_name=".safetensors"),
+        ValueError,
+        "weight_name must be a plain file name that ends in .safetensors, but is",
+    ),
+    "save as a long name": (
+        lambda d: save_softrepa(d, "never", weight_name="n" * 300 + ".safetensors"),
+        ValueError,
+        "the name of a file cannot be .*: File name too long",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_an_argument_of_a_wrong_kind_is_named_and_changes_nothing(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    denoiser = tiny.sd3_transformer()
+    denoiser.add_softrepa(adapter_name="mine")
+    state = adapters_of(denoiser).state
+    call, error, message = ARGUMENTS[case]
+    with pytest.raises(error, match=message):
+        call(denoiser)
+    assert adapters_of(denoiser).state is state
+    assert not list(tmp_path.iterdir())

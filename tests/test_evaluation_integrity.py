@@ -12,10 +12,10 @@ from peft import LoraConfig
 from PIL import Image
 
 import tiny
-from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, GenEval, Prompt, load_prompts
+from diffusers_softrepa.evaluation import EvaluationResult, FunctionMetric, GenEval, Prompt, load_prompts, score
 from diffusers_softrepa.evaluation.lengths import check_lengths
 from diffusers_softrepa.evaluation.provenance import CutImage, facts_of, save_with_facts
-from diffusers_softrepa.evaluation.writing import write_result
+from diffusers_softrepa.evaluation.writing import RESULT_FILES, write_result
 from evaluation_runs import PROMPTS, Counted, brightness, pipeline, run
 
 SHORT: dict[str, Any] = {"adapters": [None, "a"], "seeds": [0], "metrics": [], "prompts": PROMPTS[:2]}
@@ -84,6 +84,27 @@ def test_an_image_that_was_changed_or_drawn_elsewhere_has_no_facts(tmp_path: Pat
 
 
 # Going on.
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder", "message"),
+    [
+        *((name, True, f"{name} must be a file, but is a folder") for name in ("manifest.json", *RESULT_FILES)),
+        (f"images/a/{PROMPTS[0].id}-0.png", True, "-0.png must be a file, but is a folder"),
+        ("images", False, "output_dir must be a folder, but .*images is a file"),
+        ("images/a", False, "output_dir must be a folder, but .*a is a file"),
+    ],
+)
+def test_what_is_in_the_way_of_a_file_is_seen_before_anything_is_drawn(
+    tmp_path: Path, name: str, is_folder: bool, message: str
+):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if is_folder else path.write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        again(tmp_path / "out", tmp_path / "log.txt")
+    assert not (tmp_path / "log.txt").exists()
+    assert path.is_dir() if is_folder else path.read_text() == "mine"
 
 
 def test_without_a_manifest_images_are_still_not_mixed_with_others(copy: Path, tmp_path: Path):
@@ -259,7 +280,7 @@ def test_names_of_settings_that_differ_in_case_alone_are_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), None, "x", [1.0, 0.5]])
 def test_a_weight_that_is_no_number_is_refused_before_anything_is_drawn(tmp_path: Path, weight: Any):
-    with pytest.raises(ValueError, match="the weight of 'a' must be a finite number, but is"):
+    with pytest.raises(ValueError, match=r"the weight of 'a' must be a finite number, at most 1e.06 in size, but is"):
         run(tmp_path / "out", **SHORT | {"adapters": [{"a": weight}]})
     assert not (tmp_path / "out").exists()
 
@@ -334,3 +355,72 @@ def test_a_plot_of_an_earlier_evaluation_does_not_stay_beside_new_numbers(copy: 
     (copy / "plot.png").write_bytes(b"old")
     again(copy, tmp_path / "log.txt")  # no metrics, so there is nothing to plot
     assert not (copy / "plot.png").exists()
+
+
+# What is asked for is checked before anything is drawn.
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"seeds": None}, ValueError, "seeds must be a list of different whole numbers of at least 0, .* but is None"),
+        ({"seeds": torch.tensor(1)}, ValueError, r"seeds must be a list .* but is tensor\(1\)"),
+        ({"prompts": None}, TypeError, "prompts must be a file, a data set or a list of strings, but are None"),
+        ({"output_dir": None}, TypeError, "output_dir must be a path, but is None"),
+        ({"number_of_steps": 3}, ValueError, "StableDiffusion.*Pipeline takes no number_of_steps; leave it out"),
+        ({"adapters": [{"a": "0.5"}]}, ValueError, "the weight of 'a' must be a finite number, .* but is '0.5'"),
+        ({"adapters": [{"a": True}]}, ValueError, "the weight of 'a' must be a finite number, .* but is True"),
+        ({"adapters": [{"a": 10**400}]}, ValueError, "the weight of 'a' must be a finite number, .* of 1329 bits"),
+        ({"adapters": [{"a": torch.tensor([0.5])}]}, ValueError, "the weight of 'a' must be a finite number"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind_are_refused_before_anything_is_drawn(
+    tmp_path: Path, asked: dict[str, Any], error: type[Exception], message: str
+):
+    pipe = tiny.sd3_pipeline()
+    pipe.add_softrepa(adapter_name="a")
+    given = {"output_dir": tmp_path / "out", **SHORT, **asked}
+    with pytest.raises(error, match=message):
+        run(pipe=pipe, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_drew_nothing_does_not_bind_the_next_one(tmp_path: Path):
+    with pytest.raises(ValueError, match="divisible by"):
+        again(tmp_path / "out", tmp_path / "log.txt", height=15)
+    again(tmp_path / "out", tmp_path / "log.txt")
+    with pytest.raises(ValueError, match=r"holds images drawn with something else: .*height was"):
+        again(tmp_path / "out", tmp_path / "log.txt", height=32)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "odd must be one number for each of 2 images, but is None"),
+        (["x", "y"], r"odd must be one number for each of 2 images, but is \['x', 'y'\]"),
+        (torch.zeros(2, dtype=torch.complex64), "odd must be one number for each of 2 images, but is torch.complex64"),
+        ({"part": [1.0]}, r"odd/part must be one number for each of 2 images, but is torch.float32 of shape \(1,\)"),
+    ],
+    ids=str,
+)
+def test_what_a_metric_returns_is_checked(found: Any, message: str):
+    images = [Image.new("RGB", (8, 8))] * 2
+    with pytest.raises(ValueError, match=message):
+        score({"drawn": images}, ["a", "b"], [FunctionMetric(lambda _images, _prompts: found, "odd")])
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([1], ValueError, r"images to score must be a mapping of settings to lists of images, but are \[1\]"),
+        ({"x": "a"}, ValueError, "each setting needs an image for each of 1 prompts"),
+        ({"x": [5]}, TypeError, "an image must be a PIL image or a path, but is 5"),
+        ({"x": ["nowhere.png"]}, FileNotFoundError, "nowhere.png"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_refused_before_a_metric_is_loaded(images: Any, error: type[Exception], message: str):
+    metric = FunctionMetric(lambda *_: pytest.fail("the metric was called"), "never")
+    with pytest.raises(error, match=message):
+        score(images, ["a cat"], [metric])

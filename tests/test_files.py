@@ -12,6 +12,7 @@ import pytest
 
 from diffusers_softrepa.files import (
     UnreadableJSON,
+    check_places,
     move_into_place,
     parse_json,
     read_json,
@@ -74,6 +75,57 @@ def test_a_link_in_the_place_is_replaced_and_what_it_names_stays(tmp_path: Path)
     write_whole(tmp_path / "link", "mine")
     assert (tmp_path / "target").read_text() == "theirs"
     assert (tmp_path / "link").read_text() == "mine" and not (tmp_path / "link").is_symlink()
+
+
+def test_places_that_can_be_written_pass_whether_or_not_they_exist(tmp_path: Path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    check_places(tmp_path, ["file", "new"], ["folder", "other"])
+    check_places(tmp_path / "new" / "below", ["file"], ["folder"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "folders", "message"),
+    [
+        ("file", [], [], "the place to write to must be a folder, but .*file is a file"),
+        ("file/below", [], [], "the place to write to must be a folder, but .*file is a file"),
+        ("dangling", [], [], "must be a folder, but .*dangling is a link to nothing"),
+        ("n" * 300, [], [], "the place to write to cannot be '/.*n': File name too long"),
+        ("", ["n" * 300], [], "the name of a file cannot be .*: File name too long"),
+        ("", ["nul\0"], [], "the name of a file cannot be .*: .*null"),
+        ("half a \ud83d", [], [], "the place to write to cannot be .*: .*surrogates not allowed"),
+        ("", ["folder"], [], "folder must be a file, but is a folder; move it away, or name another folder"),
+        ("", ["link"], [], "link must be a file, but is a folder"),
+        ("", ["pipe"], [], "pipe must be a file, but is a device or pipe"),
+        ("", [], ["file"], "file must be a folder, but is a file"),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_places_that_cannot_be_written_are_named(
+    tmp_path: Path, folder: str, files: list[str], folders: list[str], message: str
+):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=message):
+        check_places(tmp_path / folder, files, folders)
+
+
+@pytest.mark.parametrize("folder", [None, 5, b"bytes", ["list"]])
+def test_a_place_that_is_no_path_is_named(folder: Any):
+    with pytest.raises(TypeError, match="the place to write to must be a path, but is"):
+        check_places(folder)
+    with pytest.raises(ValueError, match="must be a folder, but its name is empty"):
+        check_places("")
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir must be writable, but .* is read-only"):
+        check_places(tmp_path / "new", what="output_dir")
 
 
 def test_a_folder_moves_into_place_in_one_step(tmp_path: Path):

@@ -380,6 +380,25 @@ def test_no_picture_outside_the_folder_is_pushed_whatever_the_card_names(hub: An
     assert pictures == {"in.png": b"mine"}
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(1.0, 4), (60.0, 1)])
+def test_a_call_that_the_client_repeated_for_long_is_not_made_again(
+    monkeypatch: pytest.MonkeyPatch, pauses: list[float], seconds: float, calls: int
+):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    made = []
+
+    def call() -> None:
+        made.append(now[0])
+        now[0] += seconds
+        raise ConnectionResetError
+
+    monkeypatch.setattr(our_hub, "transport_fault", lambda _: "broken off")
+    with pytest.raises(ConnectionResetError):
+        our_hub._tried(call)
+    assert len(made) == calls
+
+
 def test_the_pauses_grow():
     assert list(our_hub.RETRY_PAUSES) == sorted(set(our_hub.RETRY_PAUSES))
 

@@ -335,5 +335,7 @@ def test_a_function_is_a_metric_with_parts_if_it_likes():
         "oracle/correct": [1.0, 1.0, 0.0],
         "oracle/quality": [0.0, 0.5, 1.0],
     }
-    with pytest.raises(ValueError, match=r"few must be one number for each of 3 images, but has shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"few must be one number for each of 3 images, but is torch.* of shape \(2,\)"
+    ):
         named_scores(FunctionMetric(lambda *_: [1, 2], "few"), make_images(), PROMPTS)

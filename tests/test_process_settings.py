@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from diffusers_softrepa import (
 )
 from diffusers_softrepa.noising import sample_timesteps
 from diffusers_softrepa.training.step.collate import Draws, draw_noise
+from training_runs import assert_same_run, trainer
 
 SD3 = tiny.FAMILIES[2]
 
@@ -109,3 +111,21 @@ def test_numbers_that_float16_cannot_hold_are_refused_on_a_model_in_float16(add_
         load_softrepa(denoiser, tensors, config=config)
     assert not hasattr(denoiser, "_softrepa")
     load_softrepa(denoiser, {name: 0.5 * tensor for name, tensor in tensors.items()}, config=config)
+
+
+@pytest.mark.parametrize("setting", ["inference mode", "no gradients"])
+def test_training_under_a_setting_is_training_without_it(setting: str, tmp_path: Path):
+    given = {"max_steps": 3, "save_steps": 3, "ema_decay": 0.9}
+    trainer(tmp_path / "usual", **given).train()
+    run = trainer(tmp_path / "under", **given)
+    with SETTINGS[setting]():
+        run.train()
+    assert_same_run(tmp_path / "usual", tmp_path / "under", step=3)
+
+
+def test_a_model_that_was_loaded_in_inference_mode_is_not_trained_on(tmp_path: Path):
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"was loaded inside torch\.inference_mode\(\), which"),
+    ):
+        trainer(tmp_path)

@@ -121,3 +121,9 @@ def test_what_are_no_prompts_is_said(tmp_path: Path):
         load_prompts(tmp_path / "prompts.yaml")
     with pytest.raises(FileNotFoundError):
         load_prompts(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5])
+def test_a_limit_is_a_whole_number_of_at_least_one(limit: float):
+    with pytest.raises(ValueError, match=f"limit must be a whole number of at least 1, or None .* but is {limit}"):
+        load_prompts(["a", "b"], limit=limit)

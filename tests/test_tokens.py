@@ -85,12 +85,20 @@ def test_equal_generators_give_equal_tokens():
     [
         ({"init": "text"}, None, "needs text_embeddings of shape (S, D)"),
         ({"init": "text"}, torch.randn(2, 9), "must have shape (S, 8), but have (2, 9)"),
+        ({"init": "text"}, torch.empty(0, 8), "must have shape (S, 8), but have (0, 8)"),
+        ({"init": "text"}, torch.full((2, 8), torch.nan), "must be finite, but hold NaN or infinite values"),
         ({}, torch.randn(2, 8), 'only used with init="text"'),
     ],
 )
 def test_wrong_text_embeddings_are_refused(fields: dict[str, Any], embeddings: torch.Tensor | None, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         SoftTokens(config(**fields), text_embeddings=embeddings)
+
+
+@pytest.mark.parametrize("embeddings", ["a cat", torch.randn(2, 8).numpy(), torch.ones(2, 8, dtype=torch.int64)])
+def test_text_embeddings_that_are_no_tensor_of_numbers_are_refused(embeddings: Any):
+    with pytest.raises(TypeError, match="text_embeddings must be a floating-point tensor, but are of type"):
+        SoftTokens(config(init="text"), text_embeddings=embeddings)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Draws asks with the base pipeline and measures what comes out."""
 
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -102,8 +103,13 @@ def gain(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
         after: What `right` says of images in one setting, (asks,).
         before: What it says of the same asks from the same noise in another one, (asks,).
     """
-    differences = 100 * (after - before)
-    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
+    return mean_and_error(100 * (after - before))
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Returns the mean of values (n,) and its standard error, which is NaN for a single value."""
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
 
 
 def as_input(images: Sequence[Image.Image]) -> torch.Tensor:

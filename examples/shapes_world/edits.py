@@ -23,7 +23,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 
 from diffusers_softrepa import flow_edit
-from shapes_world.drawing import right
+from shapes_world.drawing import mean_and_error, right
 from shapes_world.oracle import read
 from shapes_world.world import COLORS, SHAPES, SIZE, Ask, Thing, random_ask, render
 
@@ -156,20 +156,11 @@ def measure(
     table = {}
     for kind in (*KINDS, "all"):
         here = np.array([kind in (edit.kind, "all") for edit in edits])
-        table[kind] = {
-            "done": float(done[here].mean()),
-            "done_error": _error(done[here]),
-            "kept": float(kept[here].mean()),
-            "outside": float(np.nanmean(outside[here])),
-        }
+        table[kind] = dict(zip(("done", "done_error"), mean_and_error(done[here]), strict=True))
+        table[kind] |= {"kept": float(kept[here].mean()), "outside": float(np.nanmean(outside[here]))}
         if difference is not None:
-            table[kind] |= {"gain": float(difference[here].mean()), "gain_error": _error(difference[here])}
+            table[kind] |= zip(("gain", "gain_error"), mean_and_error(difference[here]), strict=True)
     return table
-
-
-def _error(values: np.ndarray) -> float:
-    """Returns the standard error of the mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def as_markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:

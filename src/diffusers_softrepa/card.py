@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import SoftREPAConfig
 from .hub_ids import hub_id as hub_id
-from .quoting import in_markdown, one_line
+from .quoting import in_markdown, one_line, quoted
 
 _UNKNOWN_BASE = "the/base-model"
 _MAX_METADATA, _MAX_DEPTH = 1 << 18, 32
@@ -95,6 +95,22 @@ def model_card(
 def _in_code(text: str) -> str:
     """Returns a text as a string literal for the code of the card; no text can end the literal or its code block."""
     return json.dumps(one_line(text, 300), ensure_ascii=False).replace("`", "\\u0060").replace("<", "\\u003c")
+
+
+def check_license(license: object) -> None:
+    """Checks that a licence can stand in a card; the Hub itself decides which ones it knows.
+
+    Args:
+        license: The licence as the Hub spells it; None for none.
+
+    Raises:
+        ValueError: It is not a short printable text.
+    """
+    fits = isinstance(license, str) and license.strip() and license.isprintable() and len(license) <= 100
+    if license is not None and not fits:
+        raise ValueError(
+            f"a licence must be a text as the Hub spells it, such as 'apache-2.0', but is {quoted(license)}"
+        )
 
 
 def section(name: str, text: str) -> str:

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .card import model_card, refreshed
+from .card import check_license, model_card, refreshed
 from .config import MAX_CONFIG_BYTES, SoftREPAConfig
-from .files import UnreadableJSON, parse_json, write_whole
+from .files import UnreadableJSON, check_places, parse_json, write_whole
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, fetch, files_of, is_missing, located, may_be_fetched_again
 from .other_adapters import other_kind
 from .quoting import one_line, quoted
@@ -103,14 +103,18 @@ def save_checkpoint(
         The names of the adapter's files.
 
     Raises:
-        ValueError: The tensors do not fit the config, `directory` is a file, or `weight_name` is not a file name.
+        ValueError: The tensors do not fit the config, `directory` is a file, `weight_name` is not a file name, or
+            `license` is not a short text.
     """
-    directory = Path(directory)
-    if directory.is_file():
-        raise ValueError(f"an adapter is saved into a folder, but {directory} is a file; name a folder")
     weight_name = weight_name or WEIGHTS_NAME
-    if Path(weight_name).name != weight_name or not weight_name.endswith(".safetensors"):
-        raise ValueError(f"weight_name must be a plain file name that ends in .safetensors, but is {weight_name!r}")
+    is_name = isinstance(weight_name, str) and Path(weight_name).name == weight_name
+    if not is_name or Path(weight_name).suffix != ".safetensors":
+        raise ValueError(
+            f"weight_name must be a plain file name that ends in .safetensors, but is {quoted(weight_name)}"
+        )
+    check_places(directory, [weight_name, CONFIG_NAME, CARD_NAME], what="the place of an adapter")
+    check_license(license)
+    directory = Path(directory)
     kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     checked_tensors(kept, config, "the adapter to save")
     config = replace(config)  # checked again: fields may have been assigned to since it was made

@@ -5,6 +5,7 @@ can be removed once the lower bound in pyproject.toml is above that release.
 """
 
 import inspect
+import logging
 from typing import Any
 
 import diffusers
@@ -37,6 +38,19 @@ def pil_processor(name: str) -> Any:
 
 
 ClipProcessor: Any = pil_processor("CLIPImageProcessor")
+
+
+def drop_torchvision_hints() -> None:
+    """Drops transformers' hints to install torchvision, for programs such as the `softrepa` command.
+
+    Since transformers 5, each diffusers pipeline that names an image processor logs one when it is imported. Other
+    messages are not affected. The package itself does not call this function.
+    """
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_torchvision_hint)
+
+
+def _is_no_torchvision_hint(record: logging.LogRecord) -> bool:
+    return "ImageProcessor` requires torchvision" not in record.getMessage()
 
 
 def pipeline_precision(dtype: torch.dtype) -> dict[str, Any]:
@@ -138,6 +152,7 @@ __all__ = [
     "ClipProcessor",
     "ModularPipeline",
     "check_write_access",
+    "drop_torchvision_hints",
     "get_module_execution_device",
     "model_precision",
     "pil_processor",

@@ -1,12 +1,14 @@
 """Finds the denoisers of a pipeline, and explains why when it has none that takes soft tokens."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .families import is_supported, supported_denoisers
+from .quoting import quoted
 from .wrapping import uncompiled
 
 
@@ -22,12 +24,14 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
 
     Raises:
         ValueError: There is no denoiser that takes soft tokens.
+        TypeError: The target is neither a pipeline nor a module.
     """
-    if isinstance(target, nn.Module):
-        components = {type(target).__name__: target}
-    else:
-        components = {name: part for name, part in target.components.items() if isinstance(part, nn.Module)}
-    modules = {name: uncompiled(part) for name, part in components.items()}
+    parts = {type(target).__name__: target} if isinstance(target, nn.Module) else getattr(target, "components", None)
+    if not isinstance(parts, Mapping):
+        raise TypeError(
+            f"soft tokens are for a diffusers pipeline or its denoiser, but the target is {quoted(target)}"
+        )
+    modules = {name: uncompiled(part) for name, part in parts.items() if isinstance(part, nn.Module)}
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if is_supported(module) and not any(module is other for other in found.values()):
@@ -71,14 +75,20 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def check_passes_gradients(denoiser: nn.Module) -> None:
-    """Checks that gradients flow through each quantised linear layer of a denoiser, which training requires.
+    """Checks that gradients flow through a denoiser, also through its quantised linear layers, as training requires.
 
     Args:
         denoiser: The denoiser to train on.
 
     Raises:
-        ValueError: A layer stops gradients, as torchao's dynamic int8 quantisation does, which rounds activations.
+        ValueError: A layer stops gradients, as torchao's dynamic int8 quantisation does, which rounds activations; or
+            the denoiser was loaded in inference mode.
     """
+    if any(parameter.is_inference() for parameter in denoiser.parameters()):
+        raise ValueError(
+            f"training needs gradients through the denoiser, but this {type(denoiser).__name__} was loaded inside "
+            "torch.inference_mode(), which keeps none; load the pipeline outside of it"
+        )
     for name, layer in denoiser.named_modules():
         weight: Any = getattr(layer, "weight", None)
         if not isinstance(layer, nn.Linear) or type(weight) is nn.Parameter or weight is None or weight.is_meta:

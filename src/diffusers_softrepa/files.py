@@ -11,7 +11,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,59 @@ class UnreadableJSON(ValueError):
 
 
 # Writing
+
+
+def check_places(
+    folder: str | os.PathLike[str],
+    files: Iterable[str] = (),
+    folders: Iterable[str] = (),
+    *,
+    what: str = "the place to write to",
+) -> None:
+    """Checks that files and folders of these names can be written into a folder, which need not exist yet.
+
+    Args:
+        folder: The folder.
+        files: Names of files, which may exist and are then replaced.
+        folders: Names of folders, which may exist.
+        what: What the folder is called in messages.
+
+    Raises:
+        TypeError: The folder is no path.
+        ValueError: The folder, or one above it, is a file or may not be written; a name belongs to something else; or
+            no file can have it.
+    """
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+        raise TypeError(f"{what} must be a path, but is {quoted(folder)}")
+    if not os.fspath(folder):
+        raise ValueError(f"{what} must be a folder, but its name is empty; name a folder")
+    folder = Path(folder)
+    _check_name(folder, what)
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists() or part.is_symlink())
+    if not there.is_dir():
+        kind = "file" if there.exists() else "link to nothing"
+        raise ValueError(f"{what} must be a folder, but {one_line(there)} is a {kind}; name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{what} must be writable, but {one_line(there)} is read-only; name another folder")
+    for kind, names in (("file", files), ("folder", folders)):
+        for path in (folder / name for name in names):
+            _check_name(there / path.name, f"the name of a {kind}")
+            if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+                other = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
+                raise ValueError(
+                    f"{one_line(path)} must be a {kind}, but is a {other}; move it away, or name another folder"
+                )
+
+
+def _check_name(path: Path, what: str) -> None:
+    """Raises a ValueError if no file can have this path: it is too long, or holds what file names cannot hold."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise ValueError(f"{what} cannot be {quoted(str(path))}: {reason}") from error
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str, *, durable: bool = True) -> None:

@@ -33,6 +33,7 @@ UNKNOWN_REPO = "user/this-adapter"  # placeholder in a card that is written befo
 
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds before each further try
 LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the call fails at once
+LONGEST_TRY = 30.0  # seconds; a call that fails after more was repeated by the client itself, and is not made again
 
 _RETRIED_DOWNLOADS = tuple(status for status in HUB_RETRIES if status < 500)  # by the client, after a failed download
 _T = TypeVar("_T")
@@ -143,11 +144,12 @@ def _tried(call: Callable[[], _T], *, already: tuple[int, ...] = ()) -> _T:
         already: Statuses after which huggingface_hub itself has retried.
     """
     for pause in RETRY_PAUSES:
+        began = time.monotonic()
         try:
             return call()
         except Exception as error:
             wait = _wait(error, pause, already)
-            if wait is None:
+            if wait is None or time.monotonic() - began > LONGEST_TRY:
                 raise
             logger.info("the Hub has a passing trouble; it is asked again in %.1f seconds", wait)
         time.sleep(wait)

@@ -23,7 +23,7 @@ from .compat import ModularPipeline
 from .files import parse_json
 from .methods import SoftREPAMethods
 from .quoting import one_line, quoted
-from .weights import LARGEST_WEIGHT, plain
+from .weights import as_number, plain
 from .wrapping import uncompiled
 
 logger = logging.getLogger(__name__)
@@ -174,16 +174,9 @@ def _checked_state(state: Any) -> dict[str, Any]:
         )
     for name, weight in weights.items():
         parts = list(weight.values()) if isinstance(weight, dict) else weight if isinstance(weight, list) else [weight]
-        if weight is not None and not all(map(_is_weight, parts)):
-            raise ValueError(
-                f"the weight of {quoted(name)} must be null or a number of at most {LARGEST_WEIGHT:g}, or one for "
-                f"each layer or stage, but is {quoted(weight)}"
-            )
+        for part in parts if weight is not None else ():
+            as_number(part, f"the weight of {quoted(name)}")
     return state
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_WEIGHT
 
 
 def _load_component(pipe: Any, source: Any, component: str, state: Mapping[str, Any], hub: Mapping[str, Any]) -> None:

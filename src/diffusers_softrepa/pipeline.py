@@ -27,9 +27,11 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_card
 from .config import SoftREPAConfig
 from .denoisers import denoiser_of as denoiser_of
 from .denoisers import denoisers_of
+from .files import check_places
 from .hub import CARD_NAME, UNKNOWN_REPO, HubOptions, is_absent, push_folder
 from .hub_ids import hub_id
-from .weights import plain, weights_by_name
+from .quoting import quoted
+from .weights import listed_names, plain, weights_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,7 @@ def load_softrepa(
         raise TypeError(
             "adapter_name must be a string, but is a SoftREPAConfig; give the config by keyword: config=..."
         )
-    if config is not None and not isinstance(config, SoftREPAConfig):
-        raise TypeError(
-            f"config must be a SoftREPAConfig, but is {config!r}; SoftREPAConfig.for_denoiser(denoiser) makes one"
-        )
+    _check_config(config)
     if use_safetensors is False:
         raise ValueError("adapters are safetensors files only; leave use_safetensors out")
     if proxies is not None:
@@ -143,7 +142,9 @@ def add_softrepa(
 
     Raises:
         ValueError: The configuration does not fit the denoiser, or the name is in use.
+        TypeError: An argument has the wrong type.
     """
+    _check_config(config)
     denoisers = denoisers_of(target)
     _free_name(_names(denoisers), adapter_name)
     fresh = {}
@@ -210,6 +211,8 @@ def save_softrepa(
     chosen = {component: adapters[name] for component, adapters in _having(target, [name]).items()}
     if not is_main_process:
         return None
+    if len(denoisers) > 1:
+        check_places(save_directory, [CARD_NAME], chosen, what="the place of an adapter")
     files = []
     for component, adapter in chosen.items():
         tensors = dict(adapter.tokens.state_dict())
@@ -377,8 +380,9 @@ def delete_softrepa(target: Any, adapter_names: str | Sequence[str]) -> None:
 
     Raises:
         ValueError: A name is unknown.
+        TypeError: A name is not a string.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    names = listed_names(adapter_names)
     denoisers = denoisers_of(target)
     with changing(denoisers.values()):
         for component, adapters in _having(target, names).items():
@@ -441,6 +445,14 @@ def softrepa_parameters(target: Any, adapter_name: str | None = None) -> dict[st
         for component, adapters in _having(target, [name]).items()
         for key, parameter in adapters[name].tokens.named_parameters()
     }
+
+
+def _check_config(config: Any) -> None:
+    if config is not None and not isinstance(config, SoftREPAConfig):
+        raise TypeError(
+            f"config must be a SoftREPAConfig, but is {quoted(config)}; "
+            "SoftREPAConfig.for_denoiser(denoiser) makes one"
+        )
 
 
 def _parts(

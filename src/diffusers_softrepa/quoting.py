@@ -47,6 +47,11 @@ def one_line(text: object, limit: int = 240) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
+def is_text(text: str) -> bool:
+    """Whether tokenizers and files take a text: it has no null character and no half of a character."""
+    return not any("\ud800" <= sign <= "\udfff" or sign == "\0" for sign in text)
+
+
 def in_markdown(text: object, limit: int = 400) -> str:
     r"""Returns foreign text, such as a prompt, escaped so that Markdown shows it literally.
 

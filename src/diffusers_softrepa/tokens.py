@@ -49,7 +49,8 @@ class SoftTokens(nn.Module):
         generator: Random generator for the initial noise.
 
     Raises:
-        ValueError: `text_embeddings` is missing, is given without `init="text"`, or has another width.
+        ValueError: `text_embeddings` is missing, is given without `init="text"`, has another width, or is not finite.
+        TypeError: `text_embeddings` is no floating-point tensor, or `generator` is no generator.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class SoftTokens(nn.Module):
         super().__init__()
         self.num_bins = config.num_timestep_bins
         self.num_banks = config.num_banks
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, but is a {type(generator).__name__}")
         device = torch.device("cpu") if generator is None else generator.device
         with torch.inference_mode(False), torch.no_grad():
             start = _starting_rows(config, text_embeddings).to(device)
@@ -103,10 +106,15 @@ def _starting_rows(config: SoftREPAConfig, text_embeddings: Tensor | None) -> Te
         return torch.zeros((), dtype=torch.float32, device="cpu")
     if text_embeddings is None:
         raise ValueError('init="text" needs text_embeddings of shape (S, D) to start from')
-    if text_embeddings.ndim != 2 or text_embeddings.shape[1] != config.token_dim:
+    if not isinstance(text_embeddings, Tensor) or not text_embeddings.is_floating_point():
+        kind = getattr(text_embeddings, "dtype", type(text_embeddings).__name__)
+        raise TypeError(f"text_embeddings must be a floating-point tensor, but are of type {kind}")
+    if text_embeddings.ndim != 2 or text_embeddings.shape[1] != config.token_dim or not len(text_embeddings):
         raise ValueError(
             f"text_embeddings must have shape (S, {config.token_dim}), but have {tuple(text_embeddings.shape)}; "
             "give them as the blocks read them, behind the denoiser's own text projection"
         )
+    if not bool(text_embeddings.isfinite().all()):
+        raise ValueError("text_embeddings must be finite, but hold NaN or infinite values")
     rows = torch.arange(config.num_tokens, device="cpu") % text_embeddings.shape[0]
     return text_embeddings.detach().float().cpu()[rows]  # (K, D)

@@ -55,16 +55,26 @@ def weights_by_name(names: Any, weights: Any = None) -> dict[str, Any]:
         chosen = {name: weight for name, weight in names.items() if weight is not None}
         _check_names(list(names))
         return chosen
+    several = listed_names(names)
+    each = _each(several, 1.0 if weights is None else weights, single=isinstance(names, str))
+    if len(set(several)) != len(several) or len(several) != len(each):
+        raise ValueError(f"each adapter needs one weight, but got adapters {several}, weights {quoted(weights, 100)}")
+    return dict(zip(several, each, strict=True))
+
+
+def listed_names(names: Any) -> list[str]:
+    """Returns one name or several as a list.
+
+    Raises:
+        TypeError: They are not strings.
+    """
     several = [names] if isinstance(names, str) else _listed(names)
     if several is None:
         raise TypeError(
             f"adapter_names must be an adapter's name, several, or {{name: weight}}, but are {quoted(names, 100)}"
         )
     _check_names(several)
-    each = _each(several, 1.0 if weights is None else weights, single=isinstance(names, str))
-    if len(set(several)) != len(several) or len(several) != len(each):
-        raise ValueError(f"each adapter needs one weight, but got adapters {several}, weights {quoted(weights, 100)}")
-    return dict(zip(several, each, strict=True))
+    return several
 
 
 def _each(names: list[str], weights: Any, *, single: bool) -> list[Any]:

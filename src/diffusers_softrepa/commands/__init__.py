@@ -3,14 +3,26 @@
 A sub-command raises errors; `run` turns them into one line, `error: ...`, and an exit status.
 """
 
+import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
+from ..compat import drop_torchvision_hints
 from ..quoting import one_line
 from .output import survivable_output
 
+_USAGE_ERRNOS = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -25,10 +37,11 @@ def run(name: str, argv: Sequence[str]) -> int:
         0 if it finished; 1 if it failed while it ran; 2 if the options, or the files, models and data that they name,
         are not valid; 130 if it was interrupted from the keyboard.
     """
-    words = [word for word in argv if word != "--debug"]
+    words = [_at_home(word) for word in argv if word != "--debug"]
     debug = len(words) < len(argv)
     with survivable_output():
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+        drop_torchvision_hints()
         for chatty in ("httpx", "httpcore"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
@@ -46,10 +59,16 @@ def run(name: str, argv: Sequence[str]) -> int:
     return SUCCESS
 
 
+def _at_home(word: str) -> str:
+    """Returns a word with `~` replaced by the home folder, which shells do for some of the words only."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (os.path.expanduser(value) if value == "~" or value.startswith("~/") else value)
+
+
 def _is_usage(error: Exception) -> bool:
     """Whether an error is about the options and not about the run."""
     if isinstance(error, OSError) and error.errno is not None:
-        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError)
+        return error.errno in _USAGE_ERRNOS
     return isinstance(error, ValueError | TypeError | ImportError | KeyError | OSError)
 
 

@@ -18,6 +18,7 @@ from diffusers.utils import load_image
 from ..editing import flow_edit
 from ..evaluation.images import grid
 from ..evaluation.writing import save_image
+from ..files import check_places
 from .models import PipelineOptions, placed_pipeline
 from .paths import free_path
 from .settings import needed, option, parse, show
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> list[Path]:
         files = [free_path(Path(given.output) / Path(path).stem, ".png") for path in given.image]
         print(f"{show(given)}\nwould write {', '.join(map(str, files))}")
         return []
+    check_places(given.output, what="--output")
     images = [load_image(path) for path in given.image]
     pipe = placed_pipeline(pipeline)
     if given.adapter is not None:

@@ -16,6 +16,7 @@ from ..evaluation.gallery import Gallery
 from ..evaluation.metrics import as_metrics
 from ..evaluation.scoring import processes
 from ..evaluation.settings import Setting
+from ..files import check_places
 from .models import PipelineOptions, placed_pipeline
 from .settings import needed, option, parse
 
@@ -52,6 +53,7 @@ OPTIONS = (PipelineOptions, EvaluateOptions)
 def main(argv: Sequence[str]) -> None:
     """Evaluates and prints the table of results."""
     pipeline, given = parse("evaluate", MEANING, OPTIONS, argv)
+    check_places(given.out, what="--out")
     prompts = load_prompts(given.prompts, column=given.column, split=given.split, limit=given.limit)
     sources = [_named(adapter) for adapter in given.adapter]
     settings: list[Any] = [None]

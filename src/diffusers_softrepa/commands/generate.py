@@ -15,7 +15,7 @@ from ..evaluation.settings import left_as_found
 from ..evaluation.writing import save_image
 from .models import PipelineOptions, placed_pipeline
 from .paths import free_path
-from .settings import needed, option, parse, show
+from .settings import check_texts, needed, option, parse, show
 
 
 @dataclass
@@ -43,6 +43,7 @@ OPTIONS = (PipelineOptions, GenerateOptions)
 def main(argv: Sequence[str]) -> None:
     """Draws the grid and prints the path of its file."""
     pipeline, given = parse("generate", MEANING, OPTIONS, argv)
+    check_texts(given, "prompt", "negative_prompt")
     path = free_path(given.out, ".png")
     if given.dry_run:
         print(f"{show(given)}\nwould write {path}")
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
             rows.append(
                 [_draw(pipe, prompt, given.seed, call, adapted=bool(column)) for column in range(len(columns))]
             )
+    path = free_path(given.out, ".png")  # again: another process may have taken the name while this one drew
     save_image(grid(rows, given.prompt, columns, max_side=None), path)
     print(path)
 

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from ..compat import pipeline_precision
 from ..evaluation.scoring import processes
+from ..quoting import one_line
 from .settings import needed, option
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -55,7 +56,16 @@ def load_pipeline(
 
 
 def placed_pipeline(options: PipelineOptions) -> Any:
-    """Returns the pipeline that options describe, on its device and without progress bars."""
+    """Returns the pipeline that options describe, on its device and without progress bars.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    device = options.device or processes().device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {one_line(error)}") from error
     pipe = load_pipeline(
         options.pipeline,
         revision=options.revision,
@@ -63,6 +73,6 @@ def placed_pipeline(options: PipelineOptions) -> Any:
         dtype=options.dtype,
         token=options.token,
     )
-    pipe.to(options.device or processes().device)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

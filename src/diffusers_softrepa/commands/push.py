@@ -7,8 +7,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from ..checkpoint import load_checkpoint
 from ..hub import CARD_NAME, check_login, push_folder
+from ..quoting import one_line
 
 _FILES = ("adapter_model.safetensors", "adapter_config.json", CARD_NAME)
 
@@ -35,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Uploads the folder and prints the URL of the commit."""
     given = parser().parse_args(argv)
+    try:
+        validate_repo_id(given.repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id must be a repository such as user/my-tokens, but: {one_line(error)}") from error
     folder = Path(given.folder).expanduser()
     load_checkpoint(folder)
     files = [name for name in _FILES if (folder / name).is_file()]

@@ -7,19 +7,22 @@ options on the command line take precedence over it.
 import argparse
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
 from ..files import parse_json
-from ..quoting import one_line, quoted
+from ..quoting import is_text, one_line, quoted
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def option(meaning: str, default: Any = None) -> Any:
@@ -120,9 +123,11 @@ def parse(
     if file is not None:
         settings = renamed(read_settings(Path(file).expanduser()))
         _check_known(settings, known.keys() - {"help", "config", "debug"}, file)
-        for key in settings:
+        kinds = {name: kind for cls in classes for name, kind in get_type_hints(cls).items()}
+        for key, value in settings.items():
             known[key].required = False
-        parser.set_defaults(**settings)  # strings are converted like those of the command line
+            # Strings are converted like those of the command line.
+            parser.set_defaults(**{key: _of_kind(value, kinds[key], f"{key} in {file}")})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
@@ -134,6 +139,9 @@ def parse(
         raise ValueError(
             f"the command line has {quoted(unknown[0])}, which belongs to no option; quote texts with spaces"
         )
+    for settings in parsed:
+        for entry in dataclasses.fields(settings):
+            _check_range(entry.name, getattr(settings, entry.name))
     return tuple(parsed)
 
 
@@ -158,8 +166,18 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise ImportError(
                 f"{path} is YAML, which needs `pip install pyyaml`; install it, or write the settings as JSON"
             ) from error
+
+        class Loader(yaml.SafeLoader):
+            """Refuses a key that is written twice."""
+
+            def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+                keys = [key.value for key, _ in node.value]
+                if twice := next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None):
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {quoted(twice)} is there twice")
+                return super().construct_mapping(node, deep)
+
         try:
-            settings = yaml.safe_load(content.decode("utf-8-sig"))
+            settings = yaml.load(content.decode("utf-8-sig"), Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is neither YAML nor JSON: {one_line(error)}") from error
     if not isinstance(settings, dict):
@@ -167,6 +185,64 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} must contain settings by name, such as `max_steps: 100`, but contains {quoted(settings)}"
         )
     return {name: _at_home(value) for name, value in settings.items() if value is not None}
+
+
+def _of_kind(value: Any, kind: Any, where: str, *, listed: bool = False) -> Any:
+    """Returns a value of a settings file in the type of its option.
+
+    A mapping for a text becomes JSON text, unless it is `listed`, an entry of a list. Strings for options of other
+    types are returned as they are.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = [each for each in parts if each is not NoneType]
+    if len(kinds) == 1 and get_origin(kinds[0]) is list:
+        values = value if isinstance(value, list) else [value]
+        return [_of_kind(each, get_args(kinds[0])[0], where, listed=True) for each in values]
+    choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
+    if value in choices if choices else any(_is_of(value, each) for each in kinds):
+        return value
+    if str in kinds and isinstance(value, dict) and not listed:
+        return json.dumps(value)
+    if isinstance(value, str) and not choices and not listed:
+        return value
+    wanted = f"one of {', '.join(choices)}" if choices else " or ".join(_NAMES.get(each, str(each)) for each in kinds)
+    advice = "; write texts in quotes" if str in kinds or choices else ""
+    raise ValueError(f"{where} must be {wanted}, but is {quoted(value)}{advice}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check_texts(settings: object, *names: str) -> None:
+    """Checks that options hold texts, which words of a command line in another encoding are not.
+
+    Args:
+        settings: The dataclass of the options.
+        names: The options: texts, lists of texts or None.
+
+    Raises:
+        ValueError: A text has a null character or half of a character.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        for text in value if isinstance(value, list) else [value or ""]:
+            if not is_text(text):
+                raise ValueError(f"--{name} must be text in the encoding of the terminal, but is {quoted(text)}")
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Checks that numbers are finite, and whole numbers not beyond what torch takes."""
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"{name} must be a finite number, but is {each}")
+        if isinstance(each, int) and abs(each) >= 2**63:
+            raise ValueError(f"{name} must be below 2**63 in size, but is {quoted(each)}")
 
 
 def _at_home(value: Any) -> Any:

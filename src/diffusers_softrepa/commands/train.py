@@ -23,7 +23,7 @@ from ..training.arguments import with_new_names
 from ..training.checkpoints import Checkpoints
 from ..training.data import open_examples
 from .models import Precision, load_pipeline
-from .settings import needed, option, parse
+from .settings import check_texts, needed, option, parse
 
 
 @dataclass
@@ -127,6 +127,9 @@ def _opened(source: str | None, split: str, streaming: bool, args: ContrastiveFl
 def main(argv: Sequence[str]) -> None:
     """Trains and prints where the adapter is."""
     model, data, args = settings(argv)
+    check_texts(model, "init_text")
+    if not data.train_data:
+        raise ValueError("train_data must name images or a data set, but is empty")
     train_data, eval_data = check_run(  # before a model is loaded
         args,
         _opened(data.train_data, data.train_split, data.streaming, args),

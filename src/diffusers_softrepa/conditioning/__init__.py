@@ -57,8 +57,11 @@ def conditioner_of(
     foreign = sorted(settings.keys() - inspect.signature(conditioner).parameters.keys())
     if foreign:
         raise ValueError(f"{type(pipeline).__name__} has no setting {', '.join(foreign)}; do not set it")
-    if any(value <= 0 for value in settings.values()):
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in settings.values()]
+    if not all(numbers) or not all(value > 0 for value in settings.values()):
         raise ValueError(f"settings must be positive, but are {settings}")
+    if max_sequence_length is not None and not isinstance(max_sequence_length, int):
+        raise ValueError(f"max_sequence_length must be a whole number, but is {max_sequence_length}")
     return conditioner(pipeline, **settings)
 
 

@@ -15,6 +15,7 @@ from ..config import SoftREPAConfig
 from ..families.sd3 import SD3
 from ..families.unet import UNET
 from ..hub import HubOptions
+from ..quoting import one_line
 from .anima import export_anima, import_anima, read_anima, write_anima
 from .reference import TIMESTEP_TOKENS_FILE, TOKENS_FILE, convert_reference, read_reference
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "python -m diffu
         else:
             save_checkpoint(given.output, config, tensors)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(error, 1000)}\n")
     for name, tensor in tensors.items():
         print(f"{name}: {tuple(tensor.shape)}, standard deviation {tensor.std().item():.4f}")
     if config.num_timestep_bins is None:

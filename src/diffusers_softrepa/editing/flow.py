@@ -23,10 +23,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..quoting import quoted
 from .guidance import conditioner_for, guided, negative_texts
 from .images import Images, OutputType, check_output_type, read_images, to_output
 from .levels import Step, sampling_steps
-from .request import Seed, batch_size, generators, noise_like, steps_to_run, texts
+from .request import Seed, batch_size, check_count, generators, noise_like, steps_to_run, texts
 
 AdapterScope = Literal["both", "target", "none"]
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -101,9 +102,8 @@ def flow_edit(
             f"{source.noising.prediction}; use invert and regenerate"
         )
     if adapter_scope not in get_args(AdapterScope):
-        raise ValueError(f"adapter_scope must be one of {get_args(AdapterScope)} but got {adapter_scope!r}")
-    if num_averages < 1:
-        raise ValueError(f"num_averages must be at least 1 but got {num_averages}")
+        raise ValueError(f"adapter_scope must be one of {get_args(AdapterScope)} but got {quoted(adapter_scope)}")
+    check_count("num_averages", num_averages)
     check_output_type(output_type)
     prompts, targets = texts("source_prompt", source_prompt), texts("target_prompt", target_prompt)
     negatives = negative_texts(source, negative_prompt)

@@ -6,7 +6,6 @@ guidance-distilled denoiser (FLUX.1 dev) takes g as an input instead and is call
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,9 +14,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..adapter import adapters_of
 from ..conditioning import Conditioner, Conditions, concatenate, conditioner_of, take
 from ..pipeline import softrepa_disabled
-from .request import texts
+from ..quoting import quoted
+from .request import is_number, texts
+
+_LARGEST_SCALE = 1e6  # beyond it float32 predictions may overflow
 
 
 @final
@@ -66,8 +69,11 @@ def conditioner_for(pipeline: Any, guidance_scale: float, max_sequence_length: i
         ValueError: The denoiser's family has no conditioner, or the scale is not positive.
     """
     conditioner = conditioner_of(pipeline, max_sequence_length=max_sequence_length)
-    if not 0 < guidance_scale < math.inf:
-        raise ValueError(f"guidance scales must be positive, where 1.0 is no guidance, but one is {guidance_scale}")
+    if not is_number(guidance_scale) or not 0 < guidance_scale <= _LARGEST_SCALE:
+        raise ValueError(
+            f"guidance scales must be positive, at most {_LARGEST_SCALE:g}, where 1.0 is no guidance, but one is "
+            f"{quoted(guidance_scale)}"
+        )
     if not is_distilled(conditioner):
         return conditioner
     return conditioner_of(pipeline, max_sequence_length=max_sequence_length, guidance_scale=guidance_scale)
@@ -97,7 +103,12 @@ def guided(
         guidance_scale: Guidance scale g.
         batch: Number of rows n.
         adapted: Whether the active adapters are used. Defaults to True.
+
+    Raises:
+        ValueError: The active adapters are used, but only in the positive branch of guidance.
     """
+    if adapted:
+        _check_both_branches(conditioner)
     conditions = _rows(conditioner.encode_captions(prompts), batch)
     if guidance_scale == 1 or is_distilled(conditioner):
         return Guided(conditioner, conditions, None, adapted)
@@ -120,6 +131,16 @@ def negative_texts(conditioner: Conditioner, negative_prompt: Any) -> list[str] 
             "negative_prompt out"
         )
     return texts("negative_prompt", negative_prompt)
+
+
+def _check_both_branches(conditioner: Conditioner) -> None:
+    adapters = adapters_of(conditioner.denoiser)
+    if adapters is not None and adapters.state.taking_part and adapters.state.guidance_branch != "both":
+        raise ValueError(
+            f"editing uses the adapters in both branches of guidance, but {list(adapters.state.taking_part)} were set "
+            f"with guidance_branch={adapters.state.guidance_branch!r}; call set_softrepa(..., guidance_branch='both') "
+            "before"
+        )
 
 
 def _rows(conditions: Conditions, batch: int) -> Conditions:

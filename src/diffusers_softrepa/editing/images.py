@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..conditioning import Conditioner
+from ..quoting import quoted
+from .request import check_count
 
 OutputType = Literal["pil", "pt", "np", "latent"]
 Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image] | Sequence[np.ndarray] | Sequence[Tensor]
@@ -31,6 +33,9 @@ def read_images(conditioner: Conditioner, images: Any, height: int | None, width
         TypeError: The images are of an unknown type or of several types.
         ValueError: There is no image, sizes differ, values are out of range, or the denoiser does not take the size.
     """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_count(name, side)
     listed = list(images) if isinstance(images, list | tuple) else [images]
     if not listed:
         raise ValueError("there must be at least one image, but the list is empty")
@@ -61,7 +66,7 @@ def to_output(conditioner: Conditioner, latents: Tensor, output_type: OutputType
 def check_output_type(output_type: str) -> None:
     """Raises a ValueError if `to_output` does not know an output type."""
     if output_type not in get_args(OutputType):
-        raise ValueError(f"output_type must be one of {get_args(OutputType)} but got {output_type!r}")
+        raise ValueError(f"output_type must be one of {get_args(OutputType)} but got {quoted(output_type)}")
 
 
 def _unbatched(image: Any) -> list[Tensor]:
@@ -70,9 +75,10 @@ def _unbatched(image: Any) -> list[Tensor]:
         image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32) / 255
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3) if image.ndim in (3, 4) else image
-    if image.ndim not in (3, 4) or image.shape[-3] != 3 or not image.is_floating_point():
+    stored = isinstance(image, Tensor) and image.layout == torch.strided and image.device.type != "meta"
+    if not stored or image.ndim not in (3, 4) or image.shape[-3] != 3 or not image.is_floating_point():
         raise ValueError(
-            "images must be floating-point arrays (n, H, W, 3) or tensors (n, 3, H, W) in [0, 1], but one is "
+            "images must be dense floating-point arrays (n, H, W, 3) or tensors (n, 3, H, W) in [0, 1], but one is "
             f"{image.dtype} of shape {tuple(image.shape)}"
         )
     if not (image.numel() and image.min() >= 0 and image.max() <= 1):

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..conditioning import Conditioner
 from ..noising import Prediction
+from ..quoting import quoted
 from .guidance import Guided, conditioner_for, guided, negative_texts
 from .images import Images, OutputType, check_output_type, read_images, to_output
 from .levels import Step, sampling_steps
-from .request import batch_size, steps_to_run, texts
+from .request import batch_size, check_count, steps_to_run, texts
 
 
 @torch.no_grad()
@@ -68,8 +69,7 @@ def invert(
         TypeError: Images or prompts are of a wrong type.
     """
     steps_to_run(num_inference_steps, 1.0)
-    if num_substitutions < 1:
-        raise ValueError(f"num_substitutions must be at least 1 but got {num_substitutions}")
+    check_count("num_substitutions", num_substitutions)
     conditioner = conditioner_for(pipe, guidance_scale, max_sequence_length)
     pixels = read_images(conditioner, image, height, width)
     steps = sampling_steps(conditioner, num_inference_steps, *pixels.shape[2:])
@@ -118,7 +118,9 @@ def regenerate(
     steps_to_run(num_inference_steps, 1.0)
     check_output_type(output_type)
     conditioner = conditioner_for(pipe, guidance_scale, max_sequence_length)
-    if latents.ndim != 4:
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        raise TypeError(f"latents must be a floating-point tensor, as invert returns it, but are {quoted(latents)}")
+    if latents.ndim != 4 or not len(latents):
         raise ValueError(
             f"latents must have the shape (n, C, h, w), as invert returns them, but have {tuple(latents.shape)}"
         )

@@ -1,11 +1,16 @@
 """Checks of the arguments of the editing functions."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
+
+from ..quoting import is_text, quoted
+
+_MOST = 1_000_000
 
 Seed = int | Generator | Sequence[Generator] | None
 
@@ -15,13 +20,16 @@ def texts(name: str, given: Any) -> list[str]:
 
     Raises:
         TypeError: It is neither a string nor a list of strings.
-        ValueError: The list is empty.
+        ValueError: The list is empty, or a prompt holds half of a character or a null character.
     """
     listed = [given] if isinstance(given, str) else given
     if not isinstance(listed, list | tuple) or not all(isinstance(text, str) for text in listed):
-        raise TypeError(f"{name} must be a string or a list of strings, but is {given!r}")
+        raise TypeError(f"{name} must be a string or a list of strings, but is {quoted(given)}")
     if not listed:
         raise ValueError(f"{name} must contain at least one prompt, but the list is empty")
+    for text in listed:
+        if not is_text(text):
+            raise ValueError(f"{name} must be text, but {quoted(text)} has a lone surrogate or a null character")
     return list(listed)
 
 
@@ -44,27 +52,42 @@ def steps_to_run(num_inference_steps: int, strength: float) -> int:
     Raises:
         ValueError: No step would run, or strength is not in (0, 1].
     """
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be a positive integer but got {num_inference_steps!r}")
-    running = int(num_inference_steps * strength)
-    if not 0 < strength <= 1 or running == 0:
+    check_count("num_inference_steps", num_inference_steps)
+    running = int(num_inference_steps * strength) if is_number(strength) and 0 < strength <= 1 else 0
+    if running == 0:
         raise ValueError(
             "strength, the share of the steps that run, must be above 0, at most 1 and leave a step to run, but got "
-            f"{strength!r} of {num_inference_steps} steps; 0.66 is usual"
+            f"{quoted(strength)} of {num_inference_steps} steps; 0.66 is usual"
         )
     return running
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises a ValueError if a setting is not a whole number from 1 to a million."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise ValueError(f"{name} must be a positive integer of at most {_MOST:,} but got {quoted(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of Python or numpy; booleans are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def generators(seed: Seed, batch: int) -> Generator | list[Generator] | None:
     """Returns the generator or generators of the noise. A seed makes one for each image.
 
     Raises:
-        ValueError: The number of generators is not the number of images.
+        ValueError: The number of generators is not the number of images, or a seed has more than 63 bits.
+        TypeError: It is none of these.
     """
-    if isinstance(seed, int):
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if abs(seed) >= 2**63:
+            raise ValueError(f"a seed must be below 2**63 in size, but got {quoted(seed)}")
         return [Generator().manual_seed(seed) for _ in range(batch)]
     if seed is None or isinstance(seed, Generator):
         return seed
+    if not isinstance(seed, list | tuple) or not all(isinstance(one, Generator) for one in seed):
+        raise TypeError(f"generator must be a seed, a torch.Generator or a list of them, but is {quoted(seed)}")
     if len(seed) != batch:
         raise ValueError(
             f"generator must be a seed, a generator, or a list of one for each image, but there are {len(seed)} for "

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from ..files import UnreadableJSON, read_json, write_whole
+from ..files import UnreadableJSON, check_places, read_json, write_whole
 from ..fingerprints import fingerprint, tensor_fingerprint, weights_fingerprint
 from ..pipeline import softrepa_parameters
 from ..quoting import one_line, quoted
@@ -114,16 +114,19 @@ class Gallery:
     def write_manifest(self) -> None:
         """Checks the images on disk against what `describe` recorded, and writes the manifest.
 
-        Settings, prompts and seeds are added to those of earlier runs. A truncated image is deleted, so that it is
-        drawn again.
+        Settings, prompts and seeds are added to those of earlier runs that left images. A truncated image is deleted,
+        so that it is drawn again.
 
         Raises:
-            ValueError: An image on disk was drawn with something else, was changed, or belongs somewhere else.
+            ValueError: An image on disk was drawn with something else, was changed, or belongs somewhere else; or the
+                folder cannot be written.
         """
         path = self.folder / MANIFEST_NAME
+        for folder, names in {path.parent: [path.name], **self._names_by_folder()}.items():
+            check_places(folder, names, what="output_dir")
         old = _read_manifest(path) if path.is_file() else None
         new = dict(self._drawn_with)
-        if old is not None:
+        if old is not None and any((self.folder / entry["file"]).is_file() for entry in old["images"]):
             changed = _changes(old, new)
             if changed:
                 raise ValueError(
@@ -139,6 +142,13 @@ class Gallery:
             cut.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(new, indent=1) + "\n")
+
+    def _names_by_folder(self) -> dict[Path, list[str]]:
+        """Returns the names of all images by folder."""
+        found: dict[Path, list[str]] = {}
+        for path in map(self.path, self.keys):
+            found.setdefault(path.parent, []).append(path.name)
+        return found
 
     def _facts(self, key: ImageKey) -> dict[str, Any]:
         """Returns what one image is drawn with, as its file keeps it."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, read_json_lines, read_lines
-from ..quoting import quoted
+from ..quoting import is_text, quoted
 
 TEXT_COLUMNS = ("prompt", "Prompt", "text", "caption")
 CATEGORY_COLUMNS = ("tag", "Category", "category")
@@ -80,8 +80,14 @@ def load_prompts(
             raise ValueError(f"prompts are read from .json, .jsonl, .tsv and .txt files, but the file is {path}")
         else:
             prompts = _from_rows(_dataset(str(source), split, limit), str(source), column, category_column)
-    else:
+    elif isinstance(source, Iterable):
         prompts = _from_rows(list(source), "the list", column, category_column)
+    else:
+        raise TypeError(f"prompts must be a file, a data set or a list of strings, but are {quoted(source)}")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(
+            f"limit must be a whole number of at least 1, or None for all prompts, but is {quoted(limit)}"
+        )
     prompts = prompts[:limit]
     if not prompts:
         raise ValueError(f"there are no prompts in {quoted(source)}; give a source with at least one")
@@ -102,7 +108,7 @@ def _check(prompt: Prompt) -> None:
     for name, value in words.items():
         if not isinstance(value, str) and not (name == "category" and value is None):
             raise ValueError(f"the {name} of a prompt must be a string, but is {quoted(value)} in {quoted(prompt)}")
-        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" or sign == "\0" for sign in value):
+        if isinstance(value, str) and not is_text(value):
             raise ValueError(
                 f"the {name} of a prompt must be text, but {quoted(value)} has a lone surrogate or a null character"
             )

@@ -1,10 +1,11 @@
 """`evaluate`: draws every prompt in every setting once, scores the images, and writes tables and plots."""
 
+import inspect
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ..files import check_places
 from ..quoting import quoted
 from .gallery import Gallery, ImageKey
 from .images import grid, plot
@@ -22,7 +24,7 @@ from .prompts import load_prompts
 from .result import EvaluationResult
 from .scoring import processes, progress_bar, scored
 from .settings import AdapterSetting, left_as_found, settings_of, use
-from .writing import write_result
+from .writing import RESULT_FILES, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ def evaluate(
             something else. Nothing has been drawn by then.
         OSError, ImportError: A metric lacks its weights or its package. Nothing has been drawn by then.
     """
-    _check(seeds, batch_size, arguments)
+    _check(pipe, seeds, batch_size, arguments)
+    check_places(output_dir, RESULT_FILES, what="output_dir")
     settings, chosen = settings_of(pipe, adapters), as_metrics(metrics, references)
     gallery = Gallery(output_dir, settings, load_prompts(prompts), list(seeds))
     for metric in chosen:
@@ -105,12 +108,18 @@ def evaluate(
     return result
 
 
-def _check(seeds: Sequence[int], batch_size: int, arguments: Mapping[str, Any]) -> None:
+def _check(pipe: Any, seeds: Sequence[int], batch_size: int, arguments: Mapping[str, Any]) -> None:
     own = [name for name in _OWN_ARGUMENTS if name in arguments]
     if own:
         raise ValueError(f"evaluate passes {', '.join(own)} to the pipeline itself; leave it out")
-    whole = not isinstance(seeds, int) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
-    if not whole or not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+    taken = inspect.signature(pipe.__call__).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        foreign = [name for name in arguments if name not in taken]
+        if foreign:
+            raise ValueError(f"{type(pipe).__name__} takes no {', '.join(foreign)}; leave it out")
+    listed = seeds if isinstance(seeds, Sequence | Set) else []
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in listed)
+    if not whole or not listed or len(set(listed)) != len(listed) or min(listed) < 0:
         raise ValueError(
             f"seeds must be a list of different whole numbers of at least 0, such as [0, 1, 2], but is {quoted(seeds)}"
         )

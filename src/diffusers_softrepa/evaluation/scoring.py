@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..quoting import quoted
 from .metrics import ImageMetric, Metric, SetMetric, as_metrics
-from .metrics.metric import named_scores, opened
+from .metrics.metric import check_image, named_scores, opened
 from .prompts import Prompt, load_prompts
 from .result import EvaluationResult
 
@@ -45,14 +46,16 @@ def score(
         OSError, ImportError: A metric lacks its weights or its package.
     """
     asked = load_prompts(prompts)
-    if not images:
-        raise ValueError("there are no images to score: give a mapping of settings to lists of images")
+    if not isinstance(images, Mapping) or not images:
+        raise ValueError(f"images to score must be a mapping of settings to lists of images, but are {quoted(images)}")
     for label, given in images.items():
-        if len(given) != len(asked):
+        if isinstance(given, str) or len(given) != len(asked):
             raise ValueError(
                 f"each setting needs an image for each of {len(asked)} prompts, but {label} has {len(given)}"
             )
     flat = [image for given in images.values() for image in given]
+    for image in flat:
+        check_image(image)  # before a metric is loaded
     chosen = as_metrics(metrics, references)
     for metric in chosen:
         metric.check(asked)

@@ -1,6 +1,5 @@
 """The settings that an evaluation compares: the base model, or adapters with weights."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from torch import nn
 from ..denoisers import takes_soft_tokens
 from ..pipeline import enable_softrepa, get_softrepa_adapters, set_softrepa, softrepa_left_as_found
 from ..quoting import quoted
+from ..weights import as_number
 
 AdapterSetting = str | Mapping[str, float] | None
 
@@ -62,15 +62,8 @@ def _setting(given: AdapterSetting) -> Setting:
         raise ValueError(
             f"a setting is None, an adapter's name or a mapping of names to weights, but is {quoted(given)}"
         )
-    for name, weight in given.items():
-        try:
-            finite = math.isfinite(float(weight))
-        except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise ValueError(f"the weight of {quoted(name)} must be a finite number, but is {quoted(weight)}")
-    label = "+".join(f"{name}:{weight:g}" for name, weight in given.items())
-    return Setting(label or "base", {name: float(weight) for name, weight in given.items()})
+    weights = {name: as_number(weight, f"the weight of {quoted(name)}") for name, weight in given.items()}
+    return Setting("+".join(f"{name}:{weight:g}" for name, weight in weights.items()) or "base", weights)
 
 
 def _loaded(pipe: Any) -> list[str]:

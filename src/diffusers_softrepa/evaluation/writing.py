@@ -22,6 +22,7 @@ CSV_NAME = "results.csv"
 GRID_NAME = "grid.png"
 PLOT_NAME = "plot.png"
 CARD_IMAGE_NAME = "evaluation.png"
+RESULT_FILES = (TABLE_NAME, CSV_NAME, RESULTS_NAME, GRID_NAME, PLOT_NAME)
 
 
 def write_result(result: EvaluationResult, folder: Path, grid: Image.Image, plot: Any) -> None:

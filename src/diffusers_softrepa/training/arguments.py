@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -274,14 +275,15 @@ class ContrastiveFlowMatchingArguments:
             )
         for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
             value, positive = getattr(self, name), name in _POSITIVE.split()
-            if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+            if value is not None and not (abs(value) < math.inf and (value > 0 if positive else value >= 0)):
                 raise ValueError(
-                    f"{name} must be {'a positive number' if positive else '0 or more'}, but is {value!r}"
+                    f"{name} must be {'a positive number' if positive else '0 or more'}, but is {quoted(value)}"
                 )
         if not self.output_dir:
             raise ValueError("output_dir must name a folder, but is empty")
         if max(self.seed, self.validation_seed) >= 2**63:
-            raise ValueError(f"seeds must be below 2**63, but are {self.seed} and {self.validation_seed}")
+            seeds = f"{quoted(self.seed)} and {quoted(self.validation_seed)}"
+            raise ValueError(f"seeds must be below 2**63, but are {seeds}")
         self._follow_accelerate()
         if not 0 <= self.min_timestep < self.max_timestep <= 1000:
             raise ValueError(
@@ -366,7 +368,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_of(entry, get_args(kind)[0]) for entry in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max  # a whole number may be larger; NaN is not
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

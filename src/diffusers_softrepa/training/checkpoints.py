@@ -25,17 +25,27 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import SoftREPAConfig
 from ..files import move_into_place, read_json, whole_file, write_whole
 from ..hub import CARD_NAME
-from ..quoting import one_line
+from ..quoting import one_line, quoted
 from .arguments import RENAMED
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
 MANIFEST_NAME = "manifest.json"
+BEST_FOLDER = "best"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
-_STATE = frozenset(
-    ["settings", "step", "best", "nonfinite_steps", "recent", "loss_scale", "optimizer", "schedule", "average", "data"]
-)
+_STATE: dict[str, Any] = {  # the entries of a state, and their types
+    "settings": dict,
+    "step": int,
+    "best": int | float | None,
+    "nonfinite_steps": int,
+    "recent": dict,
+    "loss_scale": int | float,
+    "optimizer": dict,
+    "schedule": dict,
+    "average": list | None,
+    "data": dict,
+}
 # Settings that a resumed run may change; the loader checks those that the position in the data depends on.
 # fmt: off
 _MAY_CHANGE = frozenset((
@@ -261,9 +271,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise ValueError(f"{name} is not as it was written")
         config, tensors = load_checkpoint(path)
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        lacking = _STATE - set(state) if isinstance(state, dict) else _STATE
+        lacking = _STATE.keys() - set(state) if isinstance(state, dict) else _STATE.keys()
         if lacking:
             raise ValueError(f"{STATE_NAME} lacks {', '.join(sorted(lacking))}")
+        wrong = [name for name, kind in _STATE.items() if not isinstance(state[name], kind)]
+        if wrong:
+            raise ValueError(f"{STATE_NAME} holds {quoted({name: state[name] for name in wrong})}")
         if _NAME.fullmatch(path.name) and state["step"] != _step_of(path):
             raise ValueError(f"{STATE_NAME} is of step {state['step']!r}")
     except Exception as error:  # whatever the readers of damaged files raise
@@ -281,11 +294,21 @@ def _is_whole(path: Path) -> bool:
 
 def _manifest(path: Path) -> dict[str, str]:
     """Returns the digest of each file; none for checkpoints of versions without a manifest."""
-    return read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).is_file() else {}
+    found = read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).exists() else {}
+    if not isinstance(found, dict) or not all(Path(name).name == name for name in found):
+        raise ValueError(f"{MANIFEST_NAME} must hold the digests of files of the checkpoint, but is {quoted(found)}")
+    return found
 
 
 def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file")
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a name is that of a checkpoint, such as `checkpoint-100`."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,16 +1,26 @@
 """Checks of a run that need no model: settings, trackers, optimizer, data, and the repository on the Hub."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from ..card import check_license
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ..evaluation.prompts import load_prompts
+from ..files import check_places
+from ..hub import CARD_NAME
+from ..quoting import one_line, quoted
 from .arguments import ContrastiveFlowMatchingArguments
 from .calibration import no_negatives
-from .card import claim_repository
+from .card import CURVES_NAME, SETTINGS_NAME, VALIDATION_NAME, claim_repository
+from .checkpoints import BEST_FOLDER, Checkpoints, is_checkpoint_name
 from .data.dataset import Examples, open_examples
+from .log import LOG_NAME
 from .optimization import Schedule, make_optimizer
+from .validation import IMAGES_FOLDER, VALIDATION_FOLDER
 
 
 def check_run(
@@ -27,11 +37,14 @@ def check_run(
         The opened data sets, which the trainer takes as `train_dataset` and `eval_dataset`.
 
     Raises:
-        ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong.
+        ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong, or there is no checkpoint
+            to resume from.
         TypeError: The data are of a type that cannot be read.
         OSError: The data cannot be read, or the Hub refuses the repository of `push_to_hub`.
     """
     check_settings(args)
+    if args.resume_from_checkpoint not in (None, "", "latest"):
+        Checkpoints(args.output_dir).read(args.resume_from_checkpoint)
     train = open_training_data(args, train_dataset)
     evaluation = None if eval_dataset is None else open_data(args, eval_dataset)
     if args.push_to_hub and not args.dry_run:
@@ -40,11 +53,21 @@ def check_run(
 
 
 def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
-    """Checks that the trackers, the optimizer and the schedule of the settings exist and are installed.
+    """Checks what settings name: trackers, optimizer, schedule, compiler, validation prompts and `output_dir`.
 
     Raises:
-        ValueError: One of them does not exist or is not installed.
+        ValueError: One of them does not exist, is not installed or cannot be drawn, or something in `output_dir` is in
+            the way.
+        TypeError: The settings are of another class.
     """
+    if not isinstance(args, ContrastiveFlowMatchingArguments):
+        raise TypeError(f"args must be ContrastiveFlowMatchingArguments, but are {quoted(args)}")
+    _check_output(args)
+    check_license(args.hub_license)
+    if args.validation_prompts:
+        load_prompts(args.validation_prompts)  # raises for what no pipeline can draw
+    if args.torch_compile:
+        _check_compilation(args)
     usable = [str(name) for name in get_available_trackers()]
     for name in args.report_to:
         if name not in ("all", *usable):
@@ -53,6 +76,30 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
     Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
+
+
+def _check_compilation(args: ContrastiveFlowMatchingArguments) -> None:
+    backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
+    try:
+        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+    except Exception as error:  # each backend has its own
+        raise ValueError(
+            f"torch.compile takes no torch_compile_backend={backend!r} with torch_compile_mode={mode!r}: "
+            f"{one_line(error)}; torch.compiler.list_backends() names the backends"
+        ) from error
+
+
+def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
+    files = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, LOG_NAME, SETTINGS_NAME, CURVES_NAME]
+    folders = [BEST_FOLDER]
+    if args.validation_prompts:
+        files, folders = [*files, VALIDATION_NAME], [*folders, VALIDATION_FOLDER, IMAGES_FOLDER]
+    output = Path(args.output_dir)
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    folders += [name for name in names if is_checkpoint_name(name)]
+    check_places(output, files, folders, what="output_dir")
+    if args.cache_text or args.cache_latents:
+        check_places(args.cache_dir or output / "cache", what="cache_dir")
 
 
 def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:

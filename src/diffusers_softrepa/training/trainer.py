@@ -40,7 +40,7 @@ from .callbacks import (
     TrainerState,
 )
 from .card import Report, ReportCallback, claim_repository, data_name, push_report
-from .checkpoints import Checkpoints
+from .checkpoints import BEST_FOLDER, Checkpoints
 from .data.cache import TensorCache
 from .data.dataset import Example, Examples
 from .data.encode import Encoder
@@ -113,6 +113,7 @@ class ContrastiveFlowMatchingTrainer:
         ValueError: The data, the settings and the pipeline do not fit together.
     """
 
+    @torch.inference_mode(False)  # whatever mode the process is in
     def __init__(
         self,
         pipeline: Any,
@@ -214,6 +215,8 @@ class ContrastiveFlowMatchingTrainer:
         ended = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
         return ended and not self.control.should_pause
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainingResult:
         """Trains to the last step, or until a signal stops the run, which saves a checkpoint first.
 
@@ -427,7 +430,7 @@ class ContrastiveFlowMatchingTrainer:
         if self.state.global_step and math.isfinite(value) and (best is None or sign * value > sign * best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.accelerator.is_main_process:
-                self.save_model(Path(self.args.output_dir) / "best")
+                self.save_model(Path(self.args.output_dir) / BEST_FOLDER)
 
     def _steps(self) -> Iterator[list[list[Example]]]:
         """Yields the batches of each optimizer step, epoch after epoch."""

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...quoting import quoted
 from ..prompts import Prompt
 from .loading import HasModel, Loaded
 
@@ -144,17 +145,40 @@ def named_scores(metric: ImageMetric, images: Sequence[Image.Image], prompts: Se
         if isinstance(found, Mapping)
         else {metric.name: found}
     )
-    scores = {name: torch.as_tensor(value).detach().to("cpu", torch.float64) for name, value in parts.items()}
-    for name, value in scores.items():
-        if value.shape != (len(images),):
+    scores = {}
+    for name, value in parts.items():
+        try:
+            numbers = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{name} must be one number for each of {len(images)} images, but has shape {tuple(value.shape)}"
+                f"{name} must be one number for each of {len(images)} images, but is {quoted(value)}"
+            ) from error
+        if numbers.is_complex() or numbers.shape != (len(images),):
+            raise ValueError(
+                f"{name} must be one number for each of {len(images)} images, but is {numbers.dtype} of shape "
+                f"{tuple(numbers.shape)}"
             )
+        scores[name] = numbers.detach().to("cpu", torch.float64)
     return scores
 
 
+def check_image(image: Any) -> None:
+    """Checks that `opened` can open an image, without decoding it; raises as `opened`."""
+    if isinstance(image, Image.Image):
+        return
+    if not isinstance(image, str | Path):
+        raise TypeError(f"an image must be a PIL image or a path, but is {quoted(image)}")
+    Image.open(image).close()
+
+
 def opened(image: Image.Image | str | Path) -> Image.Image:
-    """Returns an image in RGB; a path is opened."""
+    """Returns an image in RGB; a path is opened.
+
+    Raises:
+        TypeError: It is neither an image nor a path.
+        OSError: The file does not exist or is no image.
+    """
+    check_image(image)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     with Image.open(image) as file:

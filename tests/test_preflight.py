@@ -1,0 +1,92 @@
+"""What is in the way of a run's output is found before the first step, and nothing is written or removed by then."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusers_softrepa.training import check_run
+from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
+from training_runs import QUICK, rows, trainer
+
+FILES = (
+    "log.jsonl",
+    "curves.png",
+    "training_args.json",
+    "README.md",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+DRAWING: dict[str, Any] = {"validation_prompts": ["a cat"]}
+CACHING: dict[str, Any] = {"cache_text": True}
+
+
+def as_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "mine").write_text("mine")
+
+
+def as_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "settings", "message"),
+    [
+        *((name, as_folder, {}, f"{name} must be a file, but is a folder") for name in FILES),
+        ("validation.png", as_folder, DRAWING, "validation.png must be a file, but is a folder"),
+        ("validation", as_file, DRAWING, "validation must be a folder, but is a file"),
+        ("images", as_file, DRAWING, "images must be a folder, but is a file"),
+        ("best", as_file, {}, "best must be a folder, but is a file"),
+        ("checkpoint-4", as_file, {}, "checkpoint-4 must be a folder, but is a file"),
+        ("cache", as_file, CACHING, "cache_dir must be a folder, but .*cache is a file"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_and_the_other_way_round_is_refused(
+    tmp_path: Path, name: str, make: Callable[[Path], None], settings: dict[str, Any], message: str
+):
+    make(tmp_path / "run" / name)
+    before = {path: path.is_dir() for path in tmp_path.rglob("*")}
+    given = {**QUICK, **settings, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=message):
+        check_run(ContrastiveFlowMatchingArguments(**given), rows())
+    assert {path: path.is_dir() for path in tmp_path.rglob("*")} == before
+
+
+def test_names_that_a_run_does_not_use_are_left_alone(tmp_path: Path):
+    for name in ("validation", "images", "cache", "checkpoint-x", "checkpoint-04"):
+        as_file(tmp_path / name)
+    as_folder(tmp_path / "validation.png")
+    assert trainer(tmp_path, max_steps=1).train().finished
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"torch_compile": True, "torch_compile_backend": "zzz"}, "takes no torch_compile_backend='zzz' with"),
+        ({"torch_compile": True, "torch_compile_mode": "zzz"}, "with torch_compile_mode='zzz': "),
+        ({"hub_license": "a\nb"}, "a licence must be a text as the Hub spells it, .* but is 'a.*b'"),
+        ({"validation_prompts": ["half a \ud83d"]}, "the text of a prompt must be text, but .* lone surrogate"),
+        ({"validation_prompts": ["nul \0"]}, "the text of a prompt must be text, but .* null character"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint='checkpoint-7' is no checkpoint folder"),
+    ],
+)
+def test_settings_that_would_end_the_run_later_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, settings: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        check_run(ContrastiveFlowMatchingArguments(**QUICK | settings, output_dir=str(tmp_path / "run")), rows())
+
+
+@pytest.mark.parametrize("args", [None, {"output_dir": "run"}])
+def test_settings_of_another_class_are_named(args: Any):
+    with pytest.raises(TypeError, match="args must be ContrastiveFlowMatchingArguments, but are"):
+        check_run(args, rows())
+
+
+def test_a_trainer_refuses_it_as_well(tmp_path: Path):
+    as_folder(tmp_path / "log.jsonl")
+    with pytest.raises(ValueError, match=r"log\.jsonl must be a file, but is a folder; move it away"):
+        trainer(tmp_path)
