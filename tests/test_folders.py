@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -211,3 +213,13 @@ def test_lines_are_read_with_and_without_a_byte_order_mark(tmp_path: Path):
 def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(tmp_path: Path):
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
         open_examples(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["photos", "user/photos"])
+def test_a_name_that_is_neither_folder_nor_data_set_is_named_as_both(name: str, monkeypatch: pytest.MonkeyPatch):
+    def absent(*_args: Any, **_settings: Any) -> Any:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(ValueError, match=rf"there is no folder {name}, and no data set .* \(Dataset .* doesn't exist"):
+        open_examples(name)

@@ -350,7 +350,15 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
             return list(parts)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and "://" not in source:
         raise ValueError(f"there is no folder {one_line(source)}; give one with images, or the name of a data set")
-    return [(datasets.load_dataset(str(path), split=split, streaming=bool(streaming)), 1.0)]
+    try:
+        return [(datasets.load_dataset(str(path), split=split, streaming=bool(streaming)), 1.0)]
+    except OSError as error:
+        if path.exists():
+            raise
+        raise ValueError(
+            f"there is no folder {one_line(source)}, and no data set of that name on the Hub could be read "
+            f"({one_line(error, 300)}); give a folder with images, or the name of a data set"
+        ) from error
 
 
 def _load_shards(shards: list[str], streaming: bool | None) -> Any:
