@@ -323,7 +323,7 @@ def parse_json(
             object_pairs_hook=hooks.mapping,
         )
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
         raise UnreadableJSON(f"{where} is not JSON: {one_line(error.msg, 80)} at {place}") from error
     if not allow_surrogates and _SURROGATE.search(text) and not _is_unicode(value):
         raise UnreadableJSON(
