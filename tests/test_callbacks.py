@@ -7,8 +7,12 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
-from diffusers_softrepa.training import TrainerCallback
-from training_runs import assert_same_run, read_log, rows, trainer
+from diffusers_softrepa.training import (
+    ContrastiveFlowMatchingArguments,
+    ContrastiveFlowMatchingTrainer,
+    TrainerCallback,
+)
+from training_runs import QUICK, assert_same_run, pipeline, read_log, rows, trainer
 
 
 class Diary(TrainerCallback):
@@ -144,3 +148,32 @@ def test_a_figure_of_ones_own_chooses_the_best_adapter(tmp_path: Path, monkeypat
     monkeypatch.setattr(run, "evaluate", lambda: {"cost": next(scores)})
     run.train()
     assert (run.state.best_metric, run.state.best_global_step) == (1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"callbacks": 5}, "callbacks must be a list of TrainerCallback objects or classes, but one is 5"),
+        ({"callbacks": "log"}, "callbacks must be a list .* but one is 'log'"),
+        ({"callbacks": TrainerCallback()}, "callbacks must be a list .* but got <"),
+        ({"callbacks": [print]}, "callbacks must be a list .* but one is <built-in function print>"),
+        ({"optimizers": ()}, r"optimizers must be a pair of a torch optimizer and a schedule, .* but are \(\)"),
+        ({"optimizers": ("AdamW", None)}, "optimizers must be a pair .*'AdamW'"),
+        ({"optimizers": (None, 0.1)}, "optimizers must be a pair"),
+    ],
+)
+def test_parts_of_a_wrong_kind_are_named_before_an_adapter_is_added(tmp_path: Path, given: Any, message: str):
+    pipe = pipeline()
+    args = ContrastiveFlowMatchingArguments(output_dir=str(tmp_path / "run"), **QUICK)
+    with pytest.raises(TypeError, match=message):
+        ContrastiveFlowMatchingTrainer(pipe, args, rows(), **given)
+    assert pipe.get_softrepa_adapters() == {} and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_a_wrong_kind_is_named_and_a_path_is_one(tmp_path: Path):
+    run = trainer(tmp_path, max_steps=2)
+    with pytest.raises(TypeError, match="resume_from_checkpoint must be a folder, 'latest', True or None, but is 5"):
+        run.train(5)
+    run.train()
+    further = trainer(tmp_path, max_steps=3)
+    assert further.train(tmp_path / "checkpoint-2").step == 3

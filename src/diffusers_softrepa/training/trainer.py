@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..conditioning import conditioner_of
 from ..config import SoftREPAConfig
 from ..objectives import Objective
 from ..pipeline import denoiser_of
+from ..quoting import quoted
 from .arguments import ContrastiveFlowMatchingArguments
 from .calibration import calibrate
 from .callbacks import (
@@ -130,6 +132,7 @@ class ContrastiveFlowMatchingTrainer:
     ) -> None:
         self.pipeline, self.args, self.compute_metrics = pipeline, args, compute_metrics
         check_settings(args)
+        _check_parts(callbacks, optimizers)
         validation = ValidationCallback(validation_metrics)
         self.accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
         self.conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
@@ -217,7 +220,7 @@ class ContrastiveFlowMatchingTrainer:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainingResult:
+    def train(self, resume_from_checkpoint: str | PathLike[str] | bool | None = None) -> TrainingResult:
         """Trains to the last step, or until a signal stops the run, which saves a checkpoint first.
 
         Args:
@@ -229,6 +232,11 @@ class ContrastiveFlowMatchingTrainer:
             OSError: A checkpoint could not be written; the earlier ones are untouched.
             ValueError: The checkpoint was saved under other settings, or `output_dir` has later ones.
         """
+        wanted = "latest" if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if not isinstance(wanted, str | PathLike | None):
+            raise TypeError(
+                f"resume_from_checkpoint must be a folder, 'latest', True or None, but is {quoted(wanted)}"
+            )
         self._place_tokens()
         if self.args.dry_run:
             self.accelerator.print(self.estimate())
@@ -237,7 +245,7 @@ class ContrastiveFlowMatchingTrainer:
         if self.args.push_to_hub and main:
             claim_repository(self.args)
         with self.checkpoints.locked() if main else nullcontext():
-            self.kept.resume(self, "latest" if resume_from_checkpoint is True else resume_from_checkpoint or None)
+            self.kept.resume(self, None if wanted is None else str(wanted))
             self.kept.check_disk(self)
             self.control = TrainerControl()
             try:
@@ -496,3 +504,20 @@ class ContrastiveFlowMatchingTrainer:
             return rows
         gathered = self.accelerator.gather(torch.stack(list(rows.values()), dim=1))  # (rows, figures)
         return dict(zip(rows, gathered.unbind(1), strict=True))
+
+
+def _check_parts(callbacks: Any, optimizers: Any) -> None:
+    """Raises a TypeError for callbacks that are no list of such, and for optimizers that are no pair."""
+    listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    wrong = [entry for entry in listed if not any(name.startswith("on_") for name in dir(entry))]
+    if wrong or listed is not callbacks:
+        raise TypeError(
+            "callbacks must be a list of TrainerCallback objects or classes, but "
+            + (f"one is {quoted(wrong[0])}" if wrong else f"got {quoted(callbacks)}")
+        )
+    pair = optimizers if isinstance(optimizers, list | tuple) and len(optimizers) == 2 else ("", "")
+    if not (isinstance(pair[0], Optimizer | None) and (pair[1] is None or hasattr(pair[1], "get_last_lr"))):
+        raise TypeError(
+            "optimizers must be a pair of a torch optimizer and a schedule, either of them None, but are "
+            f"{quoted(optimizers)}"
+        )
