@@ -4,14 +4,13 @@
     torchrun --nproc-per-node 2 -m shapes_world.train_base --out outputs/base    # the same on two cores
 
 First the autoencoder, then Stable Diffusion 3 with its text encoders, by flow matching, in two stages. In the first
-all captions are exact, in three phrasings, and the text encoders learn with the denoiser. In the second, captions are
-as unreliable as those that large models learn from, and how reliable they are shows in how they are written: four in
-ten are in one phrasing ("there is ...", "there are ...") and exact, as written descriptions are; the others are in the
-two everyday phrasings and often wrong, as alternative texts of web pages are. What the denoiser learns is to follow a
-caption exactly if it is written like a description, and loosely if it is not. The text encoders learn in the first
-third of this stage too, and are frozen from then on: captions whose phrasing says nothing teach them to ignore it,
-which the encoders of large models, trained on texts of every kind, do not. With `--start` the second stage alone is
-trained, from a pipeline that has the first behind it.
+all captions are exact, in three phrasings. In the second, captions are as unreliable as those that large models learn
+from, and how reliable they are shows in how they are written: four in ten are in one phrasing ("there is ...", "there
+are ...") and exact, as written descriptions are; the others are in the two everyday phrasings and often wrong, as
+alternative texts of web pages are. What the denoiser learns is to follow a caption exactly if it is written like a
+description, and loosely if it is not. The text encoders learn with the denoiser in the first fifth of all steps and
+are frozen from then on: captions whose phrasing says nothing teach them to ignore it. With `--start` the second stage
+alone is trained, from a pipeline that has the first behind it.
 
 Everything goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps the losses and, while the second
 stage runs, how many images the oracle finds right in either phrasing; `vae/` and `sd3/` are what was trained, in the
@@ -46,7 +45,7 @@ SCENES = 60_000  # images that the denoiser learns from
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
 EXACT_STEPS = 0.5  # share of the steps, at the beginning, in which all captions are exact
-ENCODERS_LEARN = 1 / 3  # share of the second stage, at its beginning, in which the text encoders learn as well
+ENCODERS_LEARN = 0.2  # share of the steps, at the beginning, in which the text encoders learn as well
 # Share of a stage's steps in which the learning rate falls to zero.
 COOL_DOWN_EXACT, COOL_DOWN_MIXED = 0.3, 0.7
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
@@ -156,7 +155,7 @@ def train_pipeline(args: argparse.Namespace) -> None:
     run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
     latents, drawn = encoded_images(args, vae)
     exact = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
-    frozen_from = exact + round(ENCODERS_LEARN * (args.steps - exact))
+    frozen_from = 0 if args.start is not None else round(ENCODERS_LEARN * args.steps)
     texts: dict[str, tuple[Tensor, Tensor]] = {}
     stages = [Stage(exact, COOL_DOWN_EXACT), Stage(args.steps - exact, COOL_DOWN_MIXED)]
     for step in run.steps(stages, optimizer):
