@@ -73,7 +73,8 @@ def test_threads_get_the_tokens_of_their_own_timestep(family: tiny.Family, weigh
     assert not torch.equal(expected[0], expected[1])
     with meeting_in_every_block(denoiser, len(TIMESTEPS)):
         results = at_once(*(lambda t=t: family.call(denoiser, inputs, t) for t in TIMESTEPS))
-    assert all(torch.equal(got, wanted) for got, wanted in zip(results, expected, strict=True))
+    apart = [(got - wanted).abs().max().item() for got, wanted in zip(results, expected, strict=True)]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(results, expected, strict=True)), apart
 
 
 @every_family
