@@ -8,9 +8,10 @@ all captions are exact, in three phrasings. In the second, captions are as unrel
 from, and how reliable they are shows in how they are written: four in ten are in one phrasing ("there is ...", "there
 are ...") and exact, as written descriptions are; the others are in the two everyday phrasings and often wrong, as
 alternative texts of web pages are. What the denoiser learns is to follow a caption exactly if it is written like a
-description, and loosely if it is not. The text encoders learn with the denoiser in the first fifth of all steps and
-are frozen from then on: captions whose phrasing says nothing teach them to ignore it. With `--start` the second stage
-alone is trained, from a pipeline that has the first behind it.
+description, and loosely if it is not. The text encoders learn with the denoiser in the first stage and are frozen from
+then on. Captions whose phrasing says nothing would teach them to ignore it, so a small part of the loss asks of what
+they make of a caption whether its phrasing is the exact one. With `--start` the second stage alone is trained, from a
+pipeline that has the first behind it.
 
 Everything goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps the losses and, while the second
 stage runs, how many images the oracle finds right in either phrasing; `vae/` and `sd3/` are what was trained, in the
@@ -44,8 +45,8 @@ SCENES = 60_000  # images that the denoiser learns from
 # How often the denoiser sees each skill: what has to be learned about several things, more.
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
-EXACT_STEPS = 0.5  # share of the steps, at the beginning, in which all captions are exact
-ENCODERS_LEARN = 0.2  # share of the steps, at the beginning, in which the text encoders learn as well
+EXACT_STEPS = 0.5  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
+PHRASING_WEIGHT = 0.1  # of the loss of telling the exact phrasing from the others, while the text encoders learn
 # Share of a stage's steps in which the learning rate falls to zero.
 COOL_DOWN_EXACT, COOL_DOWN_MIXED = 0.3, 0.7
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
@@ -151,30 +152,35 @@ def train_pipeline(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     parts = models.trained_parts(pipe).train()
     average = copy.deepcopy(parts).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
+    config: Any = pipe.transformer.config
+    reader = nn.ModuleList([nn.Linear(config.joint_attention_dim, 1), nn.Linear(config.pooled_projection_dim, 1)])
+    optimizer = torch.optim.AdamW(
+        [*parts.parameters(), *reader.parameters()], lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    run = Run(args, "sd3", {"model": parts, "reader": reader, "average": average, "optimizer": optimizer})
     latents, drawn = encoded_images(args, vae)
     exact = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
-    frozen_from = 0 if args.start is not None else round(ENCODERS_LEARN * args.steps)
     texts: dict[str, tuple[Tensor, Tensor]] = {}
     stages = [Stage(exact, COOL_DOWN_EXACT), Stage(args.steps - exact, COOL_DOWN_MIXED)]
     for step in run.steps(stages, optimizer):
         rng = run.rng(step)
         rows = rng.integers(len(drawn), size=args.batch_size)
-        mixed, frozen = step >= exact, step >= frozen_from
-        parts[1:].requires_grad_(not frozen)
+        mixed = step >= exact
+        parts[1:].requires_grad_(not mixed)
         captions = [caption(drawn[row], drawn[rng.integers(len(drawn))][0], rng, mixed=mixed) for row in rows]
         length = int(rng.choice(T5_LENGTHS, p=T5_SHARES))
         noise = rng.standard_normal((len(rows), *latents.shape[1:]), dtype=np.float32)
         logit = NOISE_MEAN + rng.standard_normal(len(rows), dtype=np.float32)
         # Each process takes its share of the batch that one process would have.
         rows, captions, noise, logit = (drawn_now[RANK::PROCESSES] for drawn_now in (rows, captions, noise, logit))
-        if frozen and length == models.MAX_WORDS:
+        if mixed and length == models.MAX_WORDS:
             text = encoded_once(pipe, captions, texts)
         else:
             text = models.encode(pipe, captions, length)
         noisy = torch.from_numpy(noise), torch.sigmoid(torch.from_numpy(logit))
-        run.optimize(flow_loss(pipe, latents[torch.from_numpy(rows)].float(), *text, *noisy), [parts])
+        loss = flow_loss(pipe, latents[torch.from_numpy(rows)].float(), *text, *noisy)
+        told = 0.0 if mixed else phrasing_loss(reader, captions, *text)
+        run.optimize(loss + PHRASING_WEIGHT * told, [parts, reader])
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             for mean, value in zip(average.parameters(), parts.parameters(), strict=True):
@@ -200,6 +206,20 @@ def flow_loss(
         return_dict=False,
     )[0]
     return functional.mse_loss(velocity, noise - clean)
+
+
+def phrasing_loss(reader: nn.ModuleList, captions: list[str], embeds: Tensor, pooled: Tensor) -> Tensor:
+    """Returns how badly two linear readers tell the exact phrasing of captions from the others, in nats.
+
+    Args:
+        reader: A linear function to one number for each of the other two.
+        captions: The captions.
+        embeds: What the transformer reads of them, (n, text, D); their mean over the text is read.
+        pooled: What it reads of them as a whole, (n, D).
+    """
+    exact = torch.tensor([[float(text.startswith("there "))] for text in captions])
+    read = (head(seen) for head, seen in zip(reader, (embeds.mean(1), pooled), strict=True))
+    return torch.stack([functional.binary_cross_entropy_with_logits(logits, exact) for logits in read]).mean()
 
 
 def caption(scene: Scene, other: Ask, rng: np.random.Generator, *, mixed: bool) -> str:
