@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .quoting import one_line, quoted
+from .quoting import has_surrogate, one_line, quoted
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 64
@@ -383,7 +383,7 @@ def _check_depth(text: str, where: str, max_depth: int) -> None:
 def _is_unicode(value: Any) -> bool:
     """Whether all strings in a value can be encoded as UTF-8."""
     if isinstance(value, str):
-        return not any("\ud800" <= sign <= "\udfff" for sign in value)
+        return not has_surrogate(value)
     if isinstance(value, Mapping):
         return all(_is_unicode(key) and _is_unicode(entry) for key, entry in value.items())
     return all(map(_is_unicode, value)) if isinstance(value, list) else True

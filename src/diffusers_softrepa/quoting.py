@@ -5,6 +5,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, final
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @final
 class _Short(reprlib.Repr):
@@ -49,7 +51,12 @@ def one_line(text: object, limit: int = 240) -> str:
 
 def is_text(text: str) -> bool:
     """Whether tokenizers and files take a text: it has no null character and no half of a character."""
-    return not any("\ud800" <= sign <= "\udfff" or sign == "\0" for sign in text)
+    return "\0" not in text and not has_surrogate(text)
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a character (a lone surrogate of UTF-16), which cannot be encoded."""
+    return _SURROGATE.search(text) is not None
 
 
 def in_markdown(text: object, limit: int = 400) -> str:

@@ -31,7 +31,7 @@ import datasets
 from torch import Tensor
 
 from ...files import parse_json
-from ...quoting import one_line, quoted
+from ...quoting import has_surrogate, one_line, quoted
 from .folders import TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
@@ -41,7 +41,6 @@ LONGEST_CAPTION = 16_384
 _IMAGE_COLUMNS = "image jpg jpeg png webp img"
 _CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence"
 _FINGERPRINTED = 64  # examples
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @final
@@ -121,7 +120,7 @@ class Columns:
                         f"captions must be strings or lists of strings, but column {column!r} of {name} holds "
                         f"{value!r:.80}; choose another column, or one entry of it as 'column.entry'"
                     )
-                texts = [text.strip()[:LONGEST_CAPTION] for text in texts if text and not _SURROGATE.search(text)]
+                texts = [text.strip()[:LONGEST_CAPTION] for text in texts if text and not has_surrogate(text)]
                 found += filter(None, texts)
         return Example(number, image, tuple(captions), tuple(negatives), name)
 
