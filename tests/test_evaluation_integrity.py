@@ -278,10 +278,33 @@ def test_names_of_settings_that_differ_in_case_alone_are_refused(tmp_path: Path)
         run(tmp_path / "out", pipe=pipe, **SHORT | {"adapters": ["a", "A"]})
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), None, "x", [1.0, 0.5]])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "x", [1.0, None]])
 def test_a_weight_that_is_no_number_is_refused_before_anything_is_drawn(tmp_path: Path, weight: Any):
     with pytest.raises(ValueError, match=r"the weight of 'a' must be a finite number, at most 1e.06 in size, but is"):
         run(tmp_path / "out", **SHORT | {"adapters": [{"a": weight}]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_has_every_weight_that_set_softrepa_takes(tmp_path: Path):
+    pipe = tiny.sd3_pipeline()
+    pipe.add_softrepa(adapter_name="a")
+    torch.nn.init.normal_(pipe.softrepa_parameters("a")["tokens"], std=2.0)
+    pipe.add_softrepa(adapter_name="b")
+    pipe.set_softrepa({"a": 1.0, "b": None})
+    layers = len(pipe.softrepa_parameters("a")["tokens"])
+    settings = [None, "a", pipe.get_softrepa_adapters(), {"a": [0.0] * layers}, {"a": {0: 1}}]
+    given = SHORT | {"adapters": settings, "metrics": [brightness]}
+    result = run(tmp_path / "out", pipe=pipe, **given)
+    assert result.settings == ["base", "a", "a:1", "a:" + ",".join(["0"] * layers), "a:0=1"]
+    base, full, as_found, off, on = (result.row(setting, "brightness/all").mean for setting in result.settings)
+    assert off == base != full == as_found == on
+    run(tmp_path / "out", pipe=pipe, **given)  # goes on, which compares the weights with those of the images
+
+
+@pytest.mark.parametrize("weight", [[1.0] * 9, {0: 1.0}, {"up": 1.0}, [[1.0]]], ids=str)
+def test_weights_for_other_stages_are_refused_before_anything_is_drawn(tmp_path: Path, weight: Any):
+    with pytest.raises(ValueError, match=r"stages \['down'\]"):
+        run(tmp_path / "out", **SHORT | {"adapters": [None, {"a": weight}]})
     assert not (tmp_path / "out").exists()
 
 

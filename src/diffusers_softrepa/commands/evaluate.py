@@ -15,7 +15,7 @@ from ..evaluation import IMAGE_METRICS, SET_METRICS, evaluate, load_prompts
 from ..evaluation.gallery import Gallery
 from ..evaluation.metrics import as_metrics
 from ..evaluation.scoring import processes
-from ..evaluation.settings import Setting
+from ..evaluation.settings import setting_of
 from ..files import check_places
 from .models import PipelineOptions, placed_pipeline
 from .settings import needed, option, parse
@@ -60,8 +60,7 @@ def main(argv: Sequence[str]) -> None:
     settings += [name if weight == 1 else {name: weight} for name, _ in sources for weight in given.weights]
     if given.dry_run:
         as_metrics(given.metrics, given.references)
-        labels = [Setting(_label(setting)) for setting in settings]
-        gallery = Gallery(given.out, labels, prompts, given.seeds)
+        gallery = Gallery(given.out, [setting_of(setting) for setting in settings], prompts, given.seeds)
         print(
             f"{len(settings)} settings x {len(prompts)} prompts x {len(given.seeds)} seeds: {len(gallery.keys)} "
             f"images, of which {len(gallery.missing())} are not in {given.out} yet"
@@ -98,9 +97,3 @@ def _named(adapter: str) -> tuple[str, str]:
     if not equals or not name or not source:
         raise ValueError(f"an adapter must be given as NAME=SOURCE, but is {adapter!r}")
     return name, source
-
-
-def _label(setting: Any) -> str:
-    if isinstance(setting, dict):
-        return "+".join(f"{name}:{weight:g}" for name, weight in setting.items())
-    return setting or "base"

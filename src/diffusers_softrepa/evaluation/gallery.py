@@ -293,7 +293,7 @@ def _setting_facts(pipe: Any, setting: Setting) -> dict[str, Any]:
     for name, weight in setting.weights.items():
         tensors = softrepa_parameters(pipe, name)  # of all its denoisers
         tokens = torch.cat([one.flatten() for one in tensors.values()])
-        facts[name] = {"weight": weight, "tokens": tensor_fingerprint(tokens)}
+        facts[name] = {"weight": _described(weight, name), "tokens": tensor_fingerprint(tokens)}
     return facts
 
 

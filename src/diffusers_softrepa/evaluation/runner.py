@@ -56,8 +56,9 @@ def evaluate(
         pipe: A text-to-image pipeline with its adapters loaded.
         prompts: The prompts, in any form that `load_prompts` takes or returns.
         metrics: Metrics, their names (see `make_metric`), or functions of images and prompts. Defaults to none.
-        adapters: The settings to compare: None for the base model, an adapter's name, or weights by name. The first
-            setting is the baseline of all others. Defaults to the base model alone.
+        adapters: The settings to compare: None for the base model, an adapter's name, or weights by name as
+            `get_softrepa_adapters` returns them. The first setting is the baseline of all others. Defaults to the base
+            model alone.
         output_dir: Folder for the images and tables.
         seeds: Each prompt is drawn once for each seed, from the same noise in every setting. Defaults to 0 alone.
         batch_size: Number of images drawn at once. It does not change them, since each has its own generator. Defaults

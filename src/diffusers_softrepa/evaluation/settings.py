@@ -12,7 +12,7 @@ from ..pipeline import enable_softrepa, get_softrepa_adapters, set_softrepa, sof
 from ..quoting import quoted
 from ..weights import as_number
 
-AdapterSetting = str | Mapping[str, float] | None
+AdapterSetting = str | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -20,24 +20,24 @@ class Setting:
     """One setting of a comparison.
 
     Attributes:
-        label: Its name in tables and folders: `base`, `a`, `a:0.5`, `a:0.5+b:1`.
-        weights: Weight of each active adapter; empty for the base model.
+        label: Its name in tables and folders: `base`, `a`, `a:0.5`, `a:0.5+b:1`, `a:1,0.5`, `a:down=0.5`.
+        weights: Weight of each active adapter, a number, a list or a dict; empty for the base model.
     """
 
     label: str
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
 
 def settings_of(pipe: Any, adapters: Sequence[AdapterSetting]) -> list[Setting]:
     """Returns the settings that `evaluate` was asked to compare.
 
     Raises:
-        ValueError: A setting names an adapter that is not loaded or has a weight that is not a number, two settings
+        ValueError: A setting names an adapter that is not loaded or has a weight that does not fit it, two settings
             are equal, or there is none.
     """
     if isinstance(adapters, str | Mapping) or not adapters:
         raise ValueError(f'adapters must be a list such as [None, "softrepa"], but is {adapters!r}')
-    settings = [_setting(each) for each in adapters]
+    settings = [setting_of(each) for each in adapters]
     labels = [setting.label for setting in settings]
     if len(set(labels)) != len(labels):
         raise ValueError(f"the settings must differ, but are {labels}; leave out the second of equal ones")
@@ -50,10 +50,14 @@ def settings_of(pipe: Any, adapters: Sequence[AdapterSetting]) -> list[Setting]:
         raise ValueError(
             f"no soft-token adapter is named {missing}; loaded are {loaded or 'none'}; call load_softrepa first"
         )
+    with left_as_found(pipe):
+        for setting in settings:
+            use(pipe, setting)  # raises now for layers or stages that an adapter does not have
     return settings
 
 
-def _setting(given: AdapterSetting) -> Setting:
+def setting_of(given: AdapterSetting) -> Setting:
+    """Returns a setting with its label, checked as far as that needs no pipeline; errors as in `settings_of`."""
     if given is None:
         return Setting("base")
     if isinstance(given, str):
@@ -62,8 +66,25 @@ def _setting(given: AdapterSetting) -> Setting:
         raise ValueError(
             f"a setting is None, an adapter's name or a mapping of names to weights, but is {quoted(given)}"
         )
-    weights = {name: as_number(weight, f"the weight of {quoted(name)}") for name, weight in given.items()}
-    return Setting("+".join(f"{name}:{weight:g}" for name, weight in weights.items()) or "base", weights)
+    weights = {name: _weight(weight, name) for name, weight in given.items() if weight is not None}
+    return Setting("+".join(f"{name}:{_text(weight)}" for name, weight in weights.items()) or "base", weights)
+
+
+def _weight(given: Any, name: str) -> Any:
+    """Returns a weight as a float, or a list or dict of floats."""
+    if isinstance(given, list | tuple):
+        return [_weight(each, name) for each in given]
+    if isinstance(given, Mapping):
+        return {part: _weight(each, name) for part, each in given.items()}
+    return as_number(given, f"the weight of {quoted(name)}")
+
+
+def _text(weight: Any) -> str:
+    if isinstance(weight, list):
+        return ",".join(map(_text, weight))
+    if isinstance(weight, dict):
+        return ",".join(f"{part}={_text(each)}" for part, each in weight.items())
+    return f"{weight:g}"
 
 
 def _loaded(pipe: Any) -> list[str]:
@@ -74,7 +95,7 @@ def _loaded(pipe: Any) -> list[str]:
 def use(pipe: Any, setting: Setting) -> None:
     """Activates a setting on all denoisers of a pipeline."""
     if _loaded(pipe):
-        set_softrepa(pipe, list(setting.weights), list(setting.weights.values()))
+        set_softrepa(pipe, setting.weights)
         enable_softrepa(pipe)
 
 
