@@ -9,8 +9,8 @@ from, and how reliable they are shows in how they are written: four in ten are i
 are ...") and exact, as written descriptions are; the others are in the two everyday phrasings and often wrong, as
 alternative texts of web pages are. What the denoiser learns is to follow a caption exactly if it is written like a
 description, and loosely if it is not. The text encoders learn with the denoiser in the first stage and are frozen from
-then on. Captions whose phrasing says nothing would teach them to ignore it, so a small part of the loss asks of what
-they make of a caption whether its phrasing is the exact one. With `--start` the second stage alone is trained, from a
+then on. Captions whose phrasing says nothing would teach them to ignore it, so the loss rises where it explains too
+little of what they make of the words. With `--start` the second stage alone is trained, from a
 pipeline that has the first behind it.
 
 Everything goes on from its last checkpoint when it was interrupted. `log.jsonl` keeps the losses and, while the second
@@ -46,7 +46,9 @@ SCENES = 60_000  # images that the denoiser learns from
 SKILL_SHARES = dict(zip(SKILLS, (0.06, 0.12, 0.20, 0.08, 0.20, 0.17, 0.17), strict=True))
 NO_CAPTION = 0.10  # share of empty captions, for classifier-free guidance
 EXACT_STEPS = 0.5  # share of the steps, at the beginning, in which all captions are exact and the encoders learn
-PHRASING_WEIGHT = 0.1  # of the loss of telling the exact phrasing from the others, while the text encoders learn
+# While the text encoders learn: the share of the variance of their outputs that the phrasing must explain, and the
+# weight of what it lacks in the loss.
+PHRASING_SHARE, PHRASING_WEIGHT = 0.05, 0.1
 # Share of a stage's steps in which the learning rate falls to zero.
 COOL_DOWN_EXACT, COOL_DOWN_MIXED = 0.3, 0.7
 # Of the captions that are not empty, in the second stage: in the exact phrasing and true, or in an everyday one and
@@ -152,12 +154,8 @@ def train_pipeline(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     parts = models.trained_parts(pipe).train()
     average = copy.deepcopy(parts).requires_grad_(False)
-    config: Any = pipe.transformer.config
-    reader = nn.ModuleList([nn.Linear(config.joint_attention_dim, 1), nn.Linear(config.pooled_projection_dim, 1)])
-    optimizer = torch.optim.AdamW(
-        [*parts.parameters(), *reader.parameters()], lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    run = Run(args, "sd3", {"model": parts, "reader": reader, "average": average, "optimizer": optimizer})
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    run = Run(args, "sd3", {"model": parts, "average": average, "optimizer": optimizer})
     latents, drawn = encoded_images(args, vae)
     exact = 0 if args.start is not None else round(EXACT_STEPS * args.steps)
     texts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -179,8 +177,8 @@ def train_pipeline(args: argparse.Namespace) -> None:
             text = models.encode(pipe, captions, length)
         noisy = torch.from_numpy(noise), torch.sigmoid(torch.from_numpy(logit))
         loss = flow_loss(pipe, latents[torch.from_numpy(rows)].float(), *text, *noisy)
-        told = 0.0 if mixed else phrasing_loss(reader, captions, *text)
-        run.optimize(loss + PHRASING_WEIGHT * told, [parts, reader])
+        lacking = 0.0 if mixed else functional.relu(1 - phrasing_share(captions, text[0]) / PHRASING_SHARE)
+        run.optimize(loss + PHRASING_WEIGHT * lacking, [parts])
         decay = min(0.999, (1 + step) / (10 + step))
         with torch.no_grad():
             for mean, value in zip(average.parameters(), parts.parameters(), strict=True):
@@ -208,18 +206,22 @@ def flow_loss(
     return functional.mse_loss(velocity, noise - clean)
 
 
-def phrasing_loss(reader: nn.ModuleList, captions: list[str], embeds: Tensor, pooled: Tensor) -> Tensor:
-    """Returns how badly two linear readers tell the exact phrasing of captions from the others, in nats.
+def phrasing_share(captions: list[str], embeds: Tensor) -> Tensor:
+    """Returns the share of the variance of what the transformer reads that the phrasing explains, exact or everyday.
+
+    What it reads of a caption as a whole is not asked: soft tokens stand among the words, so they can bring out only
+    what the words tell.
 
     Args:
-        reader: A linear function to one number for each of the other two.
         captions: The captions.
-        embeds: What the transformer reads of them, (n, text, D); their mean over the text is read.
-        pooled: What it reads of them as a whole, (n, D).
+        embeds: What the transformer reads of their words, (n, text, D); the mean over the text is taken.
     """
-    exact = torch.tensor([[float(text.startswith("there "))] for text in captions])
-    read = (head(seen) for head, seen in zip(reader, (embeds.mean(1), pooled), strict=True))
-    return torch.stack([functional.binary_cross_entropy_with_logits(logits, exact) for logits in read]).mean()
+    exact = torch.tensor([text.startswith("there ") for text in captions])
+    read = embeds.mean(1)
+    read = read - read.mean(0)
+    groups = [read[chosen] for chosen in (exact, ~exact) if chosen.any()]
+    between = sum(len(group) * group.mean(0).square().sum() for group in groups)
+    return between / read.square().sum()
 
 
 def caption(scene: Scene, other: Ask, rng: np.random.Generator, *, mixed: bool) -> str:

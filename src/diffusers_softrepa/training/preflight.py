@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from torch.optim import Optimizer
 
 from ..card import check_license
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
@@ -76,6 +77,27 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
     Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
+
+
+def check_parts(callbacks: Any, optimizers: Any) -> None:
+    """Checks the objects that a trainer is given besides its settings.
+
+    Raises:
+        TypeError: `callbacks` are no list of callbacks, or `optimizers` no pair of an optimizer and a schedule.
+    """
+    listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    wrong = [entry for entry in listed if not any(name.startswith("on_") for name in dir(entry))]
+    if wrong or listed is not callbacks:
+        raise TypeError(
+            "callbacks must be a list of TrainerCallback objects or classes, but "
+            + (f"one is {quoted(wrong[0])}" if wrong else f"got {quoted(callbacks)}")
+        )
+    pair = optimizers if isinstance(optimizers, list | tuple) and len(optimizers) == 2 else ("", "")
+    if not (isinstance(pair[0], Optimizer | None) and (pair[1] is None or hasattr(pair[1], "get_last_lr"))):
+        raise TypeError(
+            "optimizers must be a pair of a torch optimizer and a schedule, either of them None, but are "
+            f"{quoted(optimizers)}"
+        )
 
 
 def _check_compilation(args: ContrastiveFlowMatchingArguments) -> None:

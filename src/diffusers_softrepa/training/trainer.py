@@ -51,7 +51,7 @@ from .estimate import Estimate, estimate_run
 from .log import LogCallback
 from .metrics import Recent, gains, joined, means, retrieval_metrics, standard_errors
 from .optimization import Schedule, make_average, make_optimizer
-from .preflight import check_settings, open_data, open_training_data
+from .preflight import check_parts, check_settings, open_data, open_training_data
 from .preparation import choose_adapter, make_framing, prepared
 from .state import RunState
 from .step.collate import NEGATIVES, Draws, PairCollator, spread_timesteps
@@ -132,7 +132,7 @@ class ContrastiveFlowMatchingTrainer:
     ) -> None:
         self.pipeline, self.args, self.compute_metrics = pipeline, args, compute_metrics
         check_settings(args)
-        _check_parts(callbacks, optimizers)
+        check_parts(callbacks, optimizers)
         validation = ValidationCallback(validation_metrics)
         self.accelerator = Accelerator(log_with=args.report_to or None, project_dir=args.output_dir)
         self.conditioner = conditioner_of(pipeline, max_sequence_length=args.max_sequence_length)
@@ -504,20 +504,3 @@ class ContrastiveFlowMatchingTrainer:
             return rows
         gathered = self.accelerator.gather(torch.stack(list(rows.values()), dim=1))  # (rows, figures)
         return dict(zip(rows, gathered.unbind(1), strict=True))
-
-
-def _check_parts(callbacks: Any, optimizers: Any) -> None:
-    """Raises a TypeError for callbacks that are no list of such, and for optimizers that are no pair."""
-    listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    wrong = [entry for entry in listed if not any(name.startswith("on_") for name in dir(entry))]
-    if wrong or listed is not callbacks:
-        raise TypeError(
-            "callbacks must be a list of TrainerCallback objects or classes, but "
-            + (f"one is {quoted(wrong[0])}" if wrong else f"got {quoted(callbacks)}")
-        )
-    pair = optimizers if isinstance(optimizers, list | tuple) and len(optimizers) == 2 else ("", "")
-    if not (isinstance(pair[0], Optimizer | None) and (pair[1] is None or hasattr(pair[1], "get_last_lr"))):
-        raise TypeError(
-            "optimizers must be a pair of a torch optimizer and a schedule, either of them None, but are "
-            f"{quoted(optimizers)}"
-        )
