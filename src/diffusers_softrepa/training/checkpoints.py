@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_checkpoint, save_checkpoint
 from ..config import SoftREPAConfig
 from ..files import move_into_place, read_json, whole_file, write_whole
-from ..hub import CARD_NAME
-from ..quoting import one_line, quoted
+from ..quoting import one_line
 from .arguments import RENAMED
 
 logger = logging.getLogger(__name__)
@@ -34,18 +33,7 @@ STATE_NAME = "training_state.pt"
 MANIFEST_NAME = "manifest.json"
 BEST_FOLDER = "best"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
-_STATE: dict[str, Any] = {  # the entries of a state, and their types
-    "settings": dict,
-    "step": int,
-    "best": int | float | None,
-    "nonfinite_steps": int,
-    "recent": dict,
-    "loss_scale": int | float,
-    "optimizer": dict,
-    "schedule": dict,
-    "average": list | None,
-    "data": dict,
-}
+_FILES = frozenset((WEIGHTS_NAME, CONFIG_NAME, STATE_NAME))  # those of the manifest
 # Settings that a resumed run may change; the loader checks those that the position in the data depends on.
 # fmt: off
 _MAY_CHANGE = frozenset((
@@ -90,8 +78,7 @@ class Checkpoints:
             save_checkpoint(partial, config, tensors)
             with whole_file(partial / STATE_NAME) as file:
                 torch.save(dict(state), file)
-            digests = {path.name: _digest(path) for path in partial.iterdir() if path.name != CARD_NAME}
-            write_whole(partial / MANIFEST_NAME, json.dumps(digests, indent=2))
+            write_whole(partial / MANIFEST_NAME, json.dumps(_digests(partial), indent=2))
             if final.exists():
                 self._remove(final)
             move_into_place(partial, final)
@@ -266,17 +253,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpoint: A file is missing, cut off or changed.
     """
     try:
-        for name, digest in _manifest(path).items():
-            if _digest(path / name) != digest:
-                raise ValueError(f"{name} is not as it was written")
+        kept, found = read_json(path / MANIFEST_NAME), _digests(path)
+        if kept != found:
+            names = [name for name in sorted(_FILES) if not isinstance(kept, dict) or kept.get(name) != found[name]]
+            raise ValueError(f"{' and '.join(names) or MANIFEST_NAME} is not as it was written")
         config, tensors = load_checkpoint(path)
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        lacking = _STATE.keys() - set(state) if isinstance(state, dict) else _STATE.keys()
-        if lacking:
-            raise ValueError(f"{STATE_NAME} lacks {', '.join(sorted(lacking))}")
-        wrong = [name for name, kind in _STATE.items() if not isinstance(state[name], kind)]
-        if wrong:
-            raise ValueError(f"{STATE_NAME} holds {quoted({name: state[name] for name in wrong})}")
         if _NAME.fullmatch(path.name) and state["step"] != _step_of(path):
             raise ValueError(f"{STATE_NAME} is of step {state['step']!r}")
     except Exception as error:  # whatever the readers of damaged files raise
@@ -292,18 +274,9 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _manifest(path: Path) -> dict[str, str]:
-    """Returns the digest of each file; none for checkpoints of versions without a manifest."""
-    found = read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).exists() else {}
-    if not isinstance(found, dict) or not all(Path(name).name == name for name in found):
-        raise ValueError(f"{MANIFEST_NAME} must hold the digests of files of the checkpoint, but is {quoted(found)}")
-    return found
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is no file")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digests(path: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file of a checkpoint; raises OSError where one is missing."""
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in sorted(_FILES)}
 
 
 def is_checkpoint_name(name: str) -> bool:

@@ -22,7 +22,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """Returns the entries of `log.jsonl`, oldest first; none where the file does not exist.
 
     A half-written last line, which a killed run leaves, is dropped. Other lines that are no entries are dropped with a
-    warning. Entries of earlier versions get the present names.
+    warning.
     """
     entries, damaged = [], []
     *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -32,7 +32,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         except UnreadableJSON:
             entry = None
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append({name.replace("held_out/", "eval/"): value for name, value in entry.items()})
+            entries.append(entry)
         else:
             damaged.append(number)
     if damaged:

@@ -89,7 +89,7 @@ class RunState:
         checkpoint.check_settings(trainer.args.to_dict())
         state, now = checkpoint.state, self._known_by(trainer)
         trainer.loader.load_state_dict(state["data"])
-        saved = state["data"].get("fingerprint", now)  # none in checkpoints of earlier versions
+        saved = state["data"]["fingerprint"]
         if saved != now:
             trainer.loader.load_state_dict({"epoch": 0, "batches": 0})
             raise ValueError(
@@ -100,8 +100,8 @@ class RunState:
         trainer.state.global_step, trainer.state.best_metric = state["step"], state["best"]
         trainer.nonfinite.in_a_row, trainer.engine.loss_scale = state["nonfinite_steps"], state["loss_scale"]
         self._saved_step, self._position = state["step"], {key: state["data"][key] for key in ("epoch", "batches")}
-        trainer.base_metrics, trainer.warnings = state.get("base"), list(state.get("warnings", ()))
-        if state.get("objective"):
+        trainer.base_metrics, trainer.warnings = state["base"], list(state["warnings"])
+        if state["objective"]:
             trainer.choose(Contrastive(**state["objective"]))
         trainer.recent.load_state_dict(state["recent"])
         trainer.optimizer.load_state_dict(state["optimizer"])
