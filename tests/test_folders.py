@@ -66,6 +66,24 @@ LAYOUTS = {
         csv(d / "metadata.csv"),
         (d / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + (d / "metadata.csv").read_bytes()),
     ),
+    "an index of pandas": lambda d: (
+        images(d),
+        (d / "metadata.csv").write_text(
+            ",file_name,text\n" + "".join(f'{n},{name},"{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
+        ),
+    ),
+    "spaces behind commas": lambda d: (
+        images(d),
+        (d / "metadata.csv").write_text(
+            "file_name, text\n" + "".join(f'{name}, "{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
+        ),
+    ),
+    "links to folders": lambda d: (
+        sidecars(d.with_name("elsewhere")),
+        (d / "photos").symlink_to(d.with_name("elsewhere"), target_is_directory=True),
+        (d.with_name("elsewhere") / "back").symlink_to(d, target_is_directory=True),
+        (d.with_name("elsewhere") / "itself").symlink_to(d.with_name("elsewhere"), target_is_directory=True),
+    ),
     "images/ and a table": lambda d: (images(d / "images"), csv(d / "captions.csv", "image,caption")),
     "paths of another machine": lambda d: (images(d / "a"), csv(d / "list.csv", "path,text", prefix="C:\\me\\")),
     "metadata.jsonl": lambda d: (images(d), (d / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows())))),
@@ -91,6 +109,22 @@ def test_however_a_folder_is_laid_out_the_examples_are_the_same(layout: str, tmp
     assert [example.captions for example in read] == [(caption,) for caption in CAPTIONS]
     assert [decode(fetch(example.image)).getpixel((0, 0))[0] for example in read] == [0, 10, 20]
     assert list(examples.captions()) == CAPTIONS
+
+
+def test_images_that_no_table_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    LAYOUTS["a table in each sub-folder"](tmp_path)
+    assert open_examples(tmp_path).count == COUNT and not caplog.records
+    sidecars(tmp_path / "b")
+    assert open_examples(tmp_path).count == COUNT
+    assert "3 of 6 images are left out, because no row of a table names them: b/0.png, b/1.png" in caplog.text
+
+
+def test_a_split_that_a_folder_does_not_have_is_not_the_whole_of_it(tmp_path: Path):
+    for split in ("train", "test"):
+        sidecars(tmp_path / split, end=f", {split}")
+    assert list(open_examples(tmp_path, split="test").captions()) == [f"{caption}, test" for caption in CAPTIONS]
+    with pytest.raises(ValueError, match="has no split 'validation', which is a sub-folder"):
+        open_examples(tmp_path, split="validation")
 
 
 def test_a_table_is_a_data_set_too(tmp_path: Path):
@@ -187,6 +221,8 @@ def test_a_folder_of_texts_alone_is_not_taken_for_data(tmp_path: Path):
         (b"file_name,text\n0.png,a cat, a dog\n", "line 2 of .*metadata.csv has more fields than the heading"),
         (b"number,text\n0,a cat\n", "every row of .*metadata.csv must name an image file, .* but line 2 is"),
         (b"file_name,text\n7.png,a cat\n", r"names 1 of 1 files that do not exist: 7.png \(line 2\)"),
+        (b"file_name,text,\n0.png,a cat, a dog\n", "line 2 of .*metadata.csv has more fields than the heading"),
+        (b'file_name,text\n0.png,"a cat\n', "line 2 of .*metadata.csv cannot be read: unexpected end of data"),
         (b"file_name,text\n", "the training data is empty"),
     ],
 )
