@@ -8,7 +8,7 @@ was killed and resumed ends bit-equal to one that was not. Logging, checkpoints,
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -428,6 +428,8 @@ class ContrastiveFlowMatchingTrainer:
         rows, self._evaluated = self._evaluated, None
         if self.state.global_step == 0:
             self.base_metrics = rows
+            if rows:
+                self._check_evaluation(found.keys() | rows.keys() | gains(rows, rows).keys(), rows)
         elif rows and self.base_metrics:
             found |= gains(rows, self.base_metrics)
         if found:
@@ -439,6 +441,19 @@ class ContrastiveFlowMatchingTrainer:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.accelerator.is_main_process:
                 self.save_model(Path(self.args.output_dir) / BEST_FOLDER)
+
+    def _check_evaluation(self, names: Set[str], rows: Mapping[str, Tensor]) -> None:
+        """Checks before the first step that evaluations have the metric of the best adapter, and tell anything."""
+        if self.args.metric_for_best_model not in names:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is no metric of an evaluation, which has "
+                f"{', '.join(sorted(names - {'timestep'}))}; choose one of them, or return it from compute_metrics"
+            )
+        if rows["top1"].isnan().all():
+            self.warn(
+                "no image of the evaluation data meets a caption that is wrong for it, so nothing is measured: "
+                "give images of other captions"
+            )
 
     def _steps(self) -> Iterator[list[list[Example]]]:
         """Yields the batches of each optimizer step, epoch after epoch."""

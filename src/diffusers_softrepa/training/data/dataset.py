@@ -73,6 +73,11 @@ class Example:
     size: Size = (0, 0)
 
 
+def meaning(caption: str) -> str:
+    """Returns a text that is equal for captions that differ in case and blanks alone, which many tokenizers drop."""
+    return " ".join(caption.casefold().split())
+
+
 @final
 class Block(NamedTuple):
     """Consecutive examples that can be read in any order, and the number of the first one in its epoch."""
@@ -207,10 +212,10 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def has_negatives(self, count: int) -> bool:
-        """Returns whether there are more than `count` different captions, or written negatives."""
+        """Returns whether there are more than `count` captions of different meaning, or written negatives."""
         texts: set[str] = set()
         for example in self._without_images():
-            texts.update(example.captions)
+            texts.update(map(meaning, example.captions))
             if example.negative_captions or len(texts) > count:
                 return True
         return False
