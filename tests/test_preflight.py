@@ -70,6 +70,18 @@ def test_names_that_a_run_does_not_use_are_left_alone(tmp_path: Path):
         ({"hub_license": "a\nb"}, "a licence must be a text as the Hub spells it, .* but is 'a.*b'"),
         ({"validation_prompts": ["half a \ud83d"]}, "the text of a prompt must be text, but .* lone surrogate"),
         ({"validation_prompts": ["nul \0"]}, "the text of a prompt must be text, but .* null character"),
+        (
+            {"learning_rate": 1e30},
+            r"with learning_rate=1e\+30 and .* train tokens: a step makes .* of ones; lower the",
+        ),
+        ({"learning_rate": 1e38}, r"with learning_rate=1e\+38 and .* cannot train tokens: value cannot be converted"),
+        ({"optim_args": "eps=0"}, r"optim_args='{\"eps\": 0}' cannot train tokens: a step makes \[.*, nan\] of ones"),
+        ({"optim_args": "weight_decay=1e308"}, "cannot train tokens: a step makes .*inf"),
+        ({"optim_args": "betas=(0.9,)"}, "makes no optimizer: list index out of range"),
+        ({"optim_args": "foreach=True,fused=True"}, "makes no optimizer: `fused` and `foreach` cannot be"),
+        ({"optim": "SparseAdam", "optim_args": "{}"}, "cannot train tokens: SparseAdam does not support dense grad"),
+        ({"max_broken": 1.5}, r"max_broken must be a share in \[0.0, 1.0\] or a number of examples but got 1.5"),
+        ({"train_batch_size": 9}, "a batch of all processes holds 9 images of one size, but there are only 16x16: 8"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "resume_from_checkpoint='checkpoint-7' is no checkpoint folder"),
     ],
 )

@@ -8,7 +8,6 @@ import ast
 import functools
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -275,10 +274,10 @@ class ContrastiveFlowMatchingArguments:
             )
         for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
             value, positive = getattr(self, name), name in _POSITIVE.split()
-            if value is not None and not (abs(value) < math.inf and (value > 0 if positive else value >= 0)):
-                raise ValueError(
-                    f"{name} must be {'a positive number' if positive else '0 or more'}, but is {quoted(value)}"
-                )
+            held = value is None or _in_float32(value)
+            if value is not None and not (held and (value > 0 if positive else value >= 0)):
+                wanted = ("a positive number" if positive else "0 or more") + ("" if held else " that float32 holds")
+                raise ValueError(f"{name} must be {wanted}, but is {quoted(value)}")
         if not self.output_dir:
             raise ValueError("output_dir must name a folder, but is empty")
         if max(self.seed, self.validation_seed) >= 2**63:
@@ -371,6 +370,12 @@ def _is_of(value: Any, kind: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and abs(value) <= sys.float_info.max  # a whole number may be larger; NaN is not
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_float32(value: int | float) -> bool:
+    """Returns whether a number is still itself in the precision of training, neither infinite nor rounded to 0."""
+    least, most = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+    return isinstance(value, int) or value == 0 or least <= abs(value) <= most
 
 
 def _named_values(given: Any) -> dict[str, Any]:

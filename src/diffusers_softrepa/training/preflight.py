@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
@@ -18,8 +19,10 @@ from .calibration import no_negatives
 from .card import CURVES_NAME, SETTINGS_NAME, VALIDATION_NAME, claim_repository
 from .checkpoints import BEST_FOLDER, Checkpoints, is_checkpoint_name
 from .data.dataset import Examples, open_examples
+from .data.image import Framing
+from .data.sampler import BrokenCount, PairSampler
 from .log import LOG_NAME
-from .optimization import Schedule, make_optimizer
+from .optimization import check_optimizer
 from .validation import IMAGES_FOLDER, VALIDATION_FOLDER
 
 
@@ -75,7 +78,8 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
                 f"tracker {name!r} is not installed" if name in LoggerType.list() else f"no tracker is called {name!r}"
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
-    Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
+    check_optimizer(args, PartialState().device)
+    BrokenCount(args.max_broken)  # raises for what is no share
 
 
 def _check_compilation(args: ContrastiveFlowMatchingArguments) -> None:
@@ -103,9 +107,16 @@ def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
 
 
 def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
-    """Opens a data set with the columns that the settings name; errors as in `open_examples`."""
+    """Opens a data set with the columns that the settings name, and checks that it fills a batch.
+
+    What fills a batch of an aspect bucket depends on the model. Errors as in `open_examples`.
+    """
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "negative_caption_column")}
-    return open_examples(dataset, **columns)
+    examples = open_examples(dataset, **columns)
+    if not args.aspect_buckets:
+        size = args.train_batch_size * PartialState().num_processes
+        PairSampler(examples, Framing(args.resolution, multiple_of=1), size, None, 1, BrokenCount(args.max_broken))
+    return examples
 
 
 def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
