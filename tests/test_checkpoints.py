@@ -79,6 +79,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "an old one of half a step": without_manifest(edit_state(lambda state: state.update(step=4.0))),
     "an old one without an optimizer": without_manifest(edit_state(lambda state: state.update(optimizer="none"))),
     "an old one without a schedule": without_manifest(edit_state(lambda state: state.update(schedule=None))),
+    "a manifest of nothing": lambda folder: (folder / MANIFEST).write_text("{}"),
+    "an old one with an empty schedule": without_manifest(edit_state(lambda state: state.update(schedule={}))),
+    "an old one of no place in the data": without_manifest(edit_state(lambda state: state["data"].pop("epoch"))),
+    "an old one of no losses": without_manifest(edit_state(lambda state: state["recent"].update(losses=None))),
+    "an old one with half an optimizer": without_manifest(
+        edit_state(lambda state: state["optimizer"].pop("param_groups"))
+    ),
     "an old one that is a list": without_manifest(lambda folder: torch.save([], folder / STATE)),
     "an old one of other shapes": without_manifest(
         lambda folder: save_file({"tokens": torch.zeros(2, 2, 2)}, folder / WEIGHTS)

@@ -92,6 +92,14 @@ def test_settings_that_would_end_the_run_later_are_refused_before_a_model_is_loa
         check_run(ContrastiveFlowMatchingArguments(**QUICK | settings, output_dir=str(tmp_path / "run")), rows())
 
 
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-1"])
+def test_a_checkpoint_of_other_settings_is_refused_before_a_model_is_loaded(tmp_path: Path, wanted: str):
+    trainer(tmp_path, max_steps=1).train()
+    settings = QUICK | {"output_dir": str(tmp_path), "resume_from_checkpoint": wanted, "seed": 1}
+    with pytest.raises(ValueError, match=r"checkpoint-1 was saved under other settings .*'seed': \(0, 1\)"):
+        check_run(ContrastiveFlowMatchingArguments(**settings), rows())
+
+
 @pytest.mark.parametrize("args", [None, {"output_dir": "run"}])
 def test_settings_of_another_class_are_named(args: Any):
     with pytest.raises(TypeError, match="args must be ContrastiveFlowMatchingArguments, but are"):

@@ -39,12 +39,12 @@ _STATE: dict[str, Any] = {  # the entries of a state, and their types
     "step": int,
     "best": int | float | None,
     "nonfinite_steps": int,
-    "recent": dict,
+    "recent": {"losses": list, "rows": list},
     "loss_scale": int | float,
-    "optimizer": dict,
-    "schedule": dict,
+    "optimizer": {"state": dict, "param_groups": list},
+    "schedule": {"steps": int, "schedule": dict},
     "average": list | None,
-    "data": dict,
+    "data": {"epoch": int, "batches": int},
 }
 # Settings that a resumed run may change; the loader checks those that the position in the data depends on.
 # fmt: off
@@ -271,17 +271,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise ValueError(f"{name} is not as it was written")
         config, tensors = load_checkpoint(path)
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-        lacking = _STATE.keys() - set(state) if isinstance(state, dict) else _STATE.keys()
-        if lacking:
-            raise ValueError(f"{STATE_NAME} lacks {', '.join(sorted(lacking))}")
-        wrong = [name for name, kind in _STATE.items() if not isinstance(state[name], kind)]
-        if wrong:
-            raise ValueError(f"{STATE_NAME} holds {quoted({name: state[name] for name in wrong})}")
+        _check_state(state, _STATE, STATE_NAME)
         if _NAME.fullmatch(path.name) and state["step"] != _step_of(path):
             raise ValueError(f"{STATE_NAME} is of step {state['step']!r}")
     except Exception as error:  # whatever the readers of damaged files raise
         raise DamagedCheckpoint(f"{path} is damaged: {one_line(error, 300) or type(error).__name__}") from error
     return Checkpoint(path, config, tensors, state)
+
+
+def _check_state(state: Any, wanted: Any, name: str) -> None:
+    """Raises a ValueError for a state without the wanted entries, or with entries of other types."""
+    if not isinstance(state, dict if isinstance(wanted, dict) else wanted):
+        raise ValueError(f"{name} is {quoted(state)}")
+    for key, kind in wanted.items() if isinstance(wanted, dict) else ():
+        if key not in state:
+            raise ValueError(f"{name} lacks {key}")
+        _check_state(state[key], kind, f"{key} in {name}")
 
 
 def _is_whole(path: Path) -> bool:
@@ -295,7 +300,8 @@ def _is_whole(path: Path) -> bool:
 def _manifest(path: Path) -> dict[str, str]:
     """Returns the digest of each file; none for checkpoints of versions without a manifest."""
     found = read_json(path / MANIFEST_NAME) if (path / MANIFEST_NAME).exists() else {}
-    if not isinstance(found, dict) or not all(Path(name).name == name for name in found):
+    named = isinstance(found, dict) and all(Path(name).name == name for name in found)
+    if not named or (STATE_NAME not in found and (path / MANIFEST_NAME).exists()):
         raise ValueError(f"{MANIFEST_NAME} must hold the digests of files of the checkpoint, but is {quoted(found)}")
     return found
 

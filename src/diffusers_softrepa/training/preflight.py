@@ -41,13 +41,14 @@ def check_run(
 
     Raises:
         ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong, or there is no checkpoint
-            to resume from.
+            to resume from, or one of other settings.
         TypeError: The data are of a type that cannot be read.
         OSError: The data cannot be read, or the Hub refuses the repository of `push_to_hub`.
     """
     check_settings(args)
-    if args.resume_from_checkpoint not in (None, "", "latest"):
-        Checkpoints(args.output_dir).read(args.resume_from_checkpoint)
+    wanted = args.resume_from_checkpoint
+    if wanted is not None and (checkpoint := Checkpoints(args.output_dir).read(wanted)) is not None:
+        checkpoint.check_settings(args.to_dict())
     train = open_training_data(args, train_dataset)
     evaluation = None if eval_dataset is None else open_data(args, eval_dataset)
     if args.push_to_hub and not args.dry_run:
