@@ -119,6 +119,16 @@ CONTRADICTIONS = {
         {"gradient_accumulation_steps": 2},
         "gradient_accumulation_steps=2 contradicts accelerate",
     ),
+    "accumulation in words": (
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"},
+        {},
+        "accelerate asks for gradient_accumulation_steps='auto', but it must be a whole number",
+    ),
+    "sharding as accelerate reads it": (
+        {"ACCELERATE_USE_DEEPSPEED": "yes"},
+        {},
+        "accelerate was told to use DEEPSPEED",
+    ),
     "sharding": ({"ACCELERATE_USE_FSDP": "true"}, {}, "accelerate was told to use FSDP"),
 }
 
@@ -130,6 +140,17 @@ def test_settings_of_accelerate_are_taken_over(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setenv(key, value)
     args = ContrastiveFlowMatchingArguments(**settings)
     assert (args.mixed_precision, args.gradient_accumulation_steps) == expected
+
+
+def test_compilation_of_accelerate_is_taken_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert not ContrastiveFlowMatchingArguments().torch_compile
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    args = ContrastiveFlowMatchingArguments()
+    assert (args.torch_compile, args.torch_compile_backend, args.torch_compile_mode) == (True, "aot_eager", "default")
+    own = ContrastiveFlowMatchingArguments(torch_compile=True, torch_compile_backend="eager")
+    assert (own.torch_compile_backend, own.torch_compile_mode) == ("eager", None)
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)

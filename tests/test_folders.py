@@ -155,6 +155,14 @@ def test_the_number_of_a_kohya_folder_repeats_its_images(tmp_path: Path):
     assert {text: found.count(text) for text in set(found)} == {"blue cat": 2 * COUNT, **dict.fromkeys(CAPTIONS, 4)}
 
 
+def test_a_date_before_the_name_of_a_folder_is_no_number_of_repeats(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    for name in ("20240131_summer", "2024_winter", "3_red"):
+        sidecars(tmp_path / name)
+    assert [weight for _, weight in open_examples(tmp_path).weights] == [1.0, 3.0]
+    assert "3_red: each of 3 images comes 3 times in an epoch" in caplog.text
+
+
 def test_folders_are_mixed_by_their_weights(tmp_path: Path):
     sidecars(tmp_path / "one")
     sidecars(tmp_path / "two", end=", again")
@@ -163,8 +171,8 @@ def test_folders_are_mixed_by_their_weights(tmp_path: Path):
     as_text = json.dumps({str(tmp_path / "one"): 2, str(tmp_path / "two"): 1})
     assert epoch(open_examples(as_text)) == found
     assert open_examples([tmp_path / "one", tmp_path / "two"]).count == 2 * COUNT
-    for wrong in (0, -1, float("nan"), True, "2"):
-        with pytest.raises(ValueError, match="each data set needs a weight, a positive number"):
+    for wrong in (0, -1, float("nan"), True, "2", 1e9):
+        with pytest.raises(ValueError, match="each data set needs a weight, a positive number up to 1000"):
             open_examples({tmp_path / "one": wrong})
 
 

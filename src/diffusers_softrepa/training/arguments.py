@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from accelerate.utils import parse_flag_from_env
+
 from ..files import parse_json
 from ..noising import TimestepDensity
 from ..objectives import AGSM, Contrastive, Denoising, Logits, Objective, SoftRank
@@ -324,15 +326,24 @@ class ContrastiveFlowMatchingArguments:
                 "of them out"
             )
         self.mixed_precision = self.mixed_precision or cast(MixedPrecision, said)
-        steps = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+        count = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        if not count.isdecimal():
+            raise ValueError(
+                f"accelerate asks for gradient_accumulation_steps={count!r}, but it must be a whole number"
+            )
+        steps = int(count)
         if steps > 1 and self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts accelerate, which was "
                 f"told {steps}; leave one of them out"
             )
         self.gradient_accumulation_steps = max(steps, self.gradient_accumulation_steps)
+        dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if dynamo != "no" and not self.torch_compile:
+            self.torch_compile, self.torch_compile_backend = True, dynamo
+            self.torch_compile_mode = os.environ.get("ACCELERATE_DYNAMO_MODE", self.torch_compile_mode)
         for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
                 raise ValueError(
                     f"accelerate was told to use {name}, which shards models in training, but here the models are "
                     "frozen and only the tokens train; choose plain multi-GPU training in `accelerate config`"

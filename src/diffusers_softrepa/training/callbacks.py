@@ -21,7 +21,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -133,16 +134,22 @@ class StopCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = self._interrupted = False
-        self._former: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes signals inside the block, which holds the whole run: a signal does not break off its report either."""
         self.asked = self._interrupted = False
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._former[number] = signal.signal(number, self._note)
+        former: dict[int, Any] = {}
+        main = threading.main_thread()
+        try:
+            for name in ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is main else ():
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    former[number] = signal.signal(number, self._note)
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         self.stop_if_asked(control, given["trainer"].accelerator)
@@ -152,13 +159,6 @@ class StopCallback(TrainerCallback):
         asked = torch.tensor([int(self.asked)], device=accelerator.device)
         if accelerator.gather(asked).any() and not control.should_training_stop:
             control.should_training_stop = control.should_pause = True
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)
-        self._former = {}
-
-    on_exception = on_train_end
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:

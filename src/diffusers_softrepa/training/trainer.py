@@ -244,7 +244,7 @@ class ContrastiveFlowMatchingTrainer:
         main = self.accelerator.is_main_process
         if self.args.push_to_hub and main:
             claim_repository(self.args)
-        with self.checkpoints.locked() if main else nullcontext():
+        with self.checkpoints.locked() if main else nullcontext(), self._stop.listening():
             self.kept.resume(self, None if wanted is None else str(wanted))
             self.kept.check_disk(self)
             self.control = TrainerControl()

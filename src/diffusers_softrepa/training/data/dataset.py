@@ -41,6 +41,7 @@ LONGEST_CAPTION = 16_384
 _IMAGE_COLUMNS = "image jpg jpeg png webp img"
 _CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence"
 _FINGERPRINTED = 64  # examples
+_MOST_REPEATS = 1000  # of an example in an epoch
 
 
 @final
@@ -319,10 +320,10 @@ def _load(data: Any, split: str, streaming: bool | None, image_column: str | Non
         if all(Path(entry).expanduser().exists() for entry in data):
             data = dict.fromkeys(data, 1)
     if isinstance(data, Mapping) and data:
-        if wrong := {key: w for key, w in data.items() if type(w) not in (int, float) or not 0 < w < math.inf}:
+        if wrong := {key: w for key, w in data.items() if type(w) not in (int, float) or not 0 < w <= _MOST_REPEATS}:
             raise ValueError(
-                f"each data set needs a weight, a positive number, but got {quoted(wrong)}; give several data sets as "
-                '{"photos": 1, "paintings": 2.5}'
+                f"each data set needs a weight, a positive number up to {_MOST_REPEATS}, but got {quoted(wrong)}; "
+                'give several data sets as {"photos": 1, "paintings": 2.5}'
             )
         loaded = [(_load(source, split, streaming, image_column), weight) for source, weight in data.items()]
         return [(rows, inner * weight) for parts, weight in loaded for rows, inner in parts]

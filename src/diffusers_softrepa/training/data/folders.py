@@ -35,7 +35,7 @@ TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 _TABLE_NAMES = ("captions", "caption", "prompts", "labels")
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _DATA_SUFFIXES = (*TABLE_SUFFIXES, ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
-_REPEATED = re.compile(r"([0-9]+)_(.+)")
+_REPEATED = re.compile(r"([0-9]{1,3})_(.+)")  # more digits are a year or a date
 
 
 def load_folder(folder: Path, split: str, file_column: str | None = None) -> list[tuple[Rows, float]] | None:
@@ -170,6 +170,10 @@ def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> l
         repeats = _REPEATED.fullmatch(part.name) if part != folder else None
         if repeats and not any(row["text"] for row in rows):  # as kohya's scripts do without caption files
             rows = [{**row, "text": [repeats[2].replace("_", " ")]} for row in rows]
+        if repeats:
+            logger.info(
+                "%s: each of %d images comes %s times in an epoch", part.relative_to(folder), len(rows), repeats[1]
+            )
         found.append((rows, float(repeats[1]) if repeats else 1.0))
     return found if any(row["text"] for rows, _ in found for row in rows) else []
 
