@@ -9,6 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
 from diffusers_softrepa.training.data.dataset import LONGEST_CAPTION, open_examples
 from diffusers_softrepa.training.data.image import content_id, decode, fetch
 
@@ -166,6 +167,18 @@ def test_captions_and_negatives_longer_than_text_encoders_read_are_cut():
 def test_every_caption_is_named_once_for_the_text_cache():
     rows = [{"image": image, "text": ["red", f"{n}"]} for n, image in enumerate(IMAGES)]
     assert list(open_examples(rows).captions()) == ["red", *map(str, range(COUNT))]
+
+
+def test_too_many_images_without_a_caption_are_told_before_a_model_is_loaded():
+    table = [{"image": pixels, "text": f"a cat {n}" if n % 3 else " "} for n in range(9) for pixels in [b"x"]]
+    args = ContrastiveFlowMatchingArguments(resolution=16, report_to="none", max_broken=0.3)
+    assert open_examples(table).without_caption() == ["example 0", "example 3", "example 6"]
+    assert check_run(args, table)[0].count == 9
+    args.max_broken = 0.2
+    with pytest.raises(
+        ValueError, match=r"3 of 9 images have no caption .* max_broken=0\.2, such as example 0; write"
+    ):
+        check_run(args, table)
 
 
 def test_what_a_data_set_cannot_read_is_handed_on_as_its_error():

@@ -1,5 +1,6 @@
 """Checks of a run that need no model: settings, trackers, optimizer, data, and the repository on the Hub."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +137,11 @@ def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> 
                 "character; write one for each image, or name their column with caption_column"
             )
         raise ValueError(no_negatives(objective))
+    lacking = examples.without_caption()
+    if len(lacking) > math.ceil(args.max_broken * len(examples)):
+        raise ValueError(
+            f"{len(lacking)} of {len(examples)} images have no caption that can be read, more than the share "
+            f"max_broken={args.max_broken}, such as {lacking[0]}; write captions for them, take them away, or raise "
+            "max_broken"
+        )
     return examples

@@ -49,7 +49,7 @@ from .data.encode import Encoder
 from .data.loader import PairLoader
 from .estimate import Estimate, estimate_run
 from .log import LogCallback
-from .metrics import Recent, gains, joined, means, retrieval_metrics, standard_errors
+from .metrics import Recent, figures, gains, joined, means, retrieval_metrics, standard_errors
 from .optimization import Schedule, make_average, make_optimizer
 from .preflight import check_settings, open_data, open_training_data
 from .preparation import choose_adapter, make_framing, prepared
@@ -277,7 +277,7 @@ class ContrastiveFlowMatchingTrainer:
         found = joined(rows)
         self._evaluated = found if eval_dataset is None else None
         further = self.compute_metrics(found) if self.compute_metrics else {}
-        return means(found) | standard_errors(found) | dict(further)
+        return means(found) | standard_errors(found) | figures(further, "the result of compute_metrics")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Returns the evaluation batches, in their stored order; arguments and errors as in `evaluate`."""
@@ -288,6 +288,7 @@ class ContrastiveFlowMatchingTrainer:
 
     def log(self, logs: dict[str, float]) -> None:
         """Writes values of the present step to `log.jsonl` and the trackers, by the callbacks of `on_log`."""
+        logs = figures(logs, "what is logged")
         self.state.log_history.append({"step": self.state.global_step, **logs})
         self._event("on_log", logs=logs)
 

@@ -221,6 +221,14 @@ class Examples:
                 return True
         return False
 
+    def without_caption(self) -> list[str]:
+        """Returns the names of the examples without a caption, of those data sets that are in memory."""
+        found = []
+        for part, (numbers, weight) in zip(self._parts, self.weights, strict=False):  # a stream has no weights
+            if weight and isinstance(part.rows, list):
+                found += [self[number].name for number in numbers if not self[number].captions]
+        return found
+
     def captions(self) -> Iterator[str]:
         """Yields every caption and written negative once, by reading the data set without its images."""
         texts = ((*example.captions, *example.negative_captions) for example in self._without_images())
