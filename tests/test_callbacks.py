@@ -121,6 +121,25 @@ def test_an_error_in_the_loop_saves_the_last_step_and_the_run_goes_on_bit_by_bit
     assert_same_run(whole, broken)
 
 
+def test_an_error_of_a_callback_after_the_error_of_a_run_masks_it_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    class Fails(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                raise RuntimeError("the first error")
+
+        def on_exception(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyError("the tracker")
+
+    run = trainer(tmp_path)
+    run.callbacks.callbacks.insert(0, Fails())
+    with pytest.raises(RuntimeError, match="the first error"):
+        run.train()
+    assert "Fails failed after the error that ends the run: 'the tracker'" in caplog.text
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
 def test_own_optimizers_metrics_and_data_to_evaluate_are_taken(tmp_path: Path):
     run = trainer(tmp_path, max_steps=2)
     sgd = torch.optim.SGD(run.parameters, lr=0.5)

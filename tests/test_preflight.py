@@ -8,7 +8,7 @@ import pytest
 
 from diffusers_softrepa.training import check_run
 from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
-from training_runs import QUICK, rows, trainer
+from training_runs import QUICK, rows, stream, trainer
 
 FILES = (
     "log.jsonl",
@@ -40,6 +40,8 @@ def as_file(path: Path) -> None:
         ("validation", as_file, DRAWING, "validation must be a folder, but is a file"),
         ("images", as_file, DRAWING, "images must be a folder, but is a file"),
         ("best", as_file, {}, "best must be a folder, but is a file"),
+        ("best/README.md", as_folder, {}, "README.md must be a file, but is a folder"),
+        ("softrepa", as_file, {"report_to": "tensorboard"}, "softrepa must be a folder, but is a file"),
         ("checkpoint-4", as_file, {}, "checkpoint-4 must be a folder, but is a file"),
         ("cache", as_file, CACHING, "cache_dir must be a folder, but .*cache is a file"),
     ],
@@ -90,6 +92,12 @@ def test_settings_that_would_end_the_run_later_are_refused_before_a_model_is_loa
 ):
     with pytest.raises(ValueError, match=message):
         check_run(ContrastiveFlowMatchingArguments(**QUICK | settings, output_dir=str(tmp_path / "run")), rows())
+
+
+def test_a_stream_without_what_its_settings_need_is_refused_before_a_model_is_loaded(tmp_path: Path):
+    settings = QUICK | {"output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="cache_latents needs data of known length"):
+        check_run(ContrastiveFlowMatchingArguments(**settings, cache_latents=True), stream())
 
 
 @pytest.mark.parametrize("wanted", ["latest", "checkpoint-1"])

@@ -68,10 +68,18 @@ class Callbacks:
         self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
 
     def call(self, event: str, args: Any, state: TrainerState, control: Any, **given: Any) -> TrainerControl:
-        """Calls an event and returns the control, which a callback may replace."""
+        """Calls an event and returns the control, which a callback may replace.
+
+        An error in `on_exception` is a warning, so that every callback is called and the first error is raised.
+        """
         for callback in self.callbacks:
             method = getattr(callback, event, None)  # a callback written for transformers has no `on_exception`
-            control = (method(args, state, control, **given) if method else None) or control
+            try:
+                control = (method(args, state, control, **given) if method else None) or control
+            except Exception as error:
+                if event != "on_exception":
+                    raise
+                logger.warning("%s failed after the error that ends the run: %s", type(callback).__name__, error)
         return control
 
 
@@ -174,12 +182,7 @@ class RescueCallback(TrainerCallback):
         trainer, error = given["trainer"], given["error"]
         if not isinstance(error, Exception) or not state.is_world_process_zero:
             return
-        try:
-            saved = trainer.save_last_step()
-        except Exception as further:  # such as a full disk; the first error is raised
-            logger.warning("the last step could not be saved either: %s", further)
-            return
-        if saved is not None:
+        if (saved := trainer.save_last_step()) is not None:
             logger.warning("the run ended in an error; step %d is saved in %s", state.global_step, saved)
 
 

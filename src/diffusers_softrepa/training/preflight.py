@@ -22,7 +22,7 @@ from .checkpoints import BEST_FOLDER, Checkpoints, is_checkpoint_name
 from .data.dataset import Examples, open_examples
 from .data.image import Framing
 from .data.sampler import BrokenCount, PairSampler
-from .log import LOG_NAME
+from .log import LOG_NAME, PROJECT
 from .optimization import check_optimizer
 from .validation import IMAGES_FOLDER, VALIDATION_FOLDER
 
@@ -97,13 +97,14 @@ def _check_compilation(args: ContrastiveFlowMatchingArguments) -> None:
 
 def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
     files = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, LOG_NAME, SETTINGS_NAME, CURVES_NAME]
-    folders = [BEST_FOLDER]
+    folders = [BEST_FOLDER, *([PROJECT] if "tensorboard" in args.report_to else [])]
     if args.validation_prompts:
         files, folders = [*files, VALIDATION_NAME], [*folders, VALIDATION_FOLDER, IMAGES_FOLDER]
     output = Path(args.output_dir)
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
     folders += [name for name in names if is_checkpoint_name(name)]
     check_places(output, files, folders, what="output_dir")
+    check_places(output / BEST_FOLDER, [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME])
     if args.cache_text or args.cache_latents:
         check_places(args.cache_dir or output / "cache", what="cache_dir")
 
@@ -130,6 +131,8 @@ def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> 
     examples, objective = open_data(args, dataset), args.make_objective("flow")
     if args.max_steps is None and examples.count is None:
         raise ValueError("a stream does not tell its length; give max_steps instead of num_train_epochs")
+    if args.cache_latents and examples.count is None:
+        raise ValueError("cache_latents needs data of known length, but they are a stream; leave it out")
     if objective.min_negatives and not examples.has_negatives(objective.min_negatives):
         if not any(examples.captions()):
             raise ValueError(
