@@ -104,7 +104,7 @@ def is_schedule_free(optimizer: Any) -> bool:
 def _class_name(name: str) -> str:
     """Returns the name of a class of torch.optim, also for the spelling of transformers, `adamw_torch`."""
     known = {key.lower(): key for key, value in vars(torch.optim).items() if isinstance(value, type)}
-    return known.get(name.lower().removesuffix("_torch"), name)
+    return known.get(name.lower().removesuffix("_fused").removesuffix("_torch"), name)
 
 
 class Schedule:
