@@ -257,6 +257,23 @@ def test_bad_metadata_is_refused_at_once(lines, message, tmp_path):
         open_examples(tmp_path)
 
 
+def test_a_tar_beside_images_is_not_taken_for_their_place(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a cat")
+    (tmp_path / "backup.tar").write_bytes(b"")
+    assert list(open_examples(tmp_path).captions()) == ["a cat"]
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"one of 1 shards, from .*backup\.tar on, is no whole tar file"):
+        open_examples(tmp_path)
+
+
+def test_a_stored_split_that_is_not_there_is_named(tmp_path):
+    rows = datasets.Dataset.from_list([{"image": {"bytes": b"x", "path": None}, "text": "a cat"}])
+    datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "stored"))
+    with pytest.raises(ValueError, match="has no split 'test', only train; name one of them"):
+        open_examples(tmp_path / "stored", split="test")
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is empty; put images and a metadata.jsonl there"):
         open_examples(Path(tmp_path))

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from ..card import check_license
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..evaluation.prompts import load_prompts
+from ..evaluation.scoring import processes
 from ..files import check_places
 from ..hub import CARD_NAME
 from ..quoting import one_line, quoted
@@ -80,7 +80,7 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
                 f"tracker {name!r} is not installed" if name in LoggerType.list() else f"no tracker is called {name!r}"
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
-    check_optimizer(args, PartialState().device)
+    check_optimizer(args, processes().device)
     BrokenCount(args.max_broken)  # raises for what is no share
 
 
@@ -117,7 +117,7 @@ def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "negative_caption_column")}
     examples = open_examples(dataset, **columns)
     if not args.aspect_buckets:
-        size = args.train_batch_size * PartialState().num_processes
+        size = args.train_batch_size * processes().num_processes
         PairSampler(examples, Framing(args.resolution, multiple_of=1), size, None, 1, BrokenCount(args.max_broken))
     return examples
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import tarfile
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ...files import parse_json
 from ...quoting import has_surrogate, one_line, quoted
-from .folders import TABLE_SUFFIXES, load_folder, load_table
+from .folders import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
 # In characters. Text encoders read some 1,000 tokens at most, but their tokenizers go through all of a text each time.
@@ -354,10 +355,14 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
         return [(load_table(path, file_column=image_column), 1.0)]
     if path.is_dir():
         shards = sorted(str(shard) for shard in path.glob("*.tar"))
-        if shards and not any((path / f"metadata{suffix}").is_file() for suffix in TABLE_SUFFIXES):
+        tables = [path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES]
+        images = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+        if shards and not images and not any(table.is_file() for table in tables):
             return [(_load_shards(shards, streaming), 1.0)]
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
+            if isinstance(loaded, datasets.DatasetDict) and split not in loaded:
+                raise ValueError(f"{path} has no split {split!r}, only {', '.join(loaded)}; name one of them")
             return [(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded, 1.0)]
         if (parts := load_folder(path, split, image_column)) is not None:
             return list(parts)
@@ -375,7 +380,10 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
 
 
 def _load_shards(shards: list[str], streaming: bool | None) -> Any:
-    return datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=streaming is not False)
+    try:
+        return datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=streaming is not False)
+    except tarfile.TarError as error:
+        raise ValueError(f"one of {len(shards)} shards, from {shards[0]} on, is no whole tar file: {error}") from error
 
 
 def _find_columns(row: Mapping[str, Any], image: str | None, captions: Any, negatives: str | None) -> Columns:
