@@ -23,6 +23,10 @@ from training_runs import QUICK, rows, trainer
         ({"seed": 10**400}, r"seeds must be below 2\*\*63, but are a whole number of 1329 bits and 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be a positive number"),
         ({"logit_scale": 0.0}, "logit_scale must be a positive number"),
+        ({"temperature": 1e-300}, "temperature must be a positive number that float32 holds, but is 1e-300"),
+        ({"logit_scale": 1e300}, "logit_scale must be a positive number that float32 holds"),
+        ({"timestep_shift": 1e300}, "timestep_shift must be a positive number that float32 holds"),
+        ({"denoising_weight": 1e300}, "denoising_weight must be 0 or more that float32 holds"),
         ({"denoising_weight": -1.0}, "denoising_weight must be 0 or more"),
         ({"max_broken": -0.1}, "max_broken must be 0 or more"),
         ({"max_cache_gigabytes": 0.0}, "max_cache_gigabytes must be a positive number"),
@@ -115,6 +119,16 @@ CONTRADICTIONS = {
         {"gradient_accumulation_steps": 2},
         "gradient_accumulation_steps=2 contradicts accelerate",
     ),
+    "accumulation in words": (
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"},
+        {},
+        "accelerate asks for gradient_accumulation_steps='auto', but it must be a whole number",
+    ),
+    "sharding as accelerate reads it": (
+        {"ACCELERATE_USE_DEEPSPEED": "yes"},
+        {},
+        "accelerate was told to use DEEPSPEED",
+    ),
     "sharding": ({"ACCELERATE_USE_FSDP": "true"}, {}, "accelerate was told to use FSDP"),
 }
 
@@ -126,6 +140,17 @@ def test_settings_of_accelerate_are_taken_over(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setenv(key, value)
     args = ContrastiveFlowMatchingArguments(**settings)
     assert (args.mixed_precision, args.gradient_accumulation_steps) == expected
+
+
+def test_compilation_of_accelerate_is_taken_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert not ContrastiveFlowMatchingArguments().torch_compile
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    args = ContrastiveFlowMatchingArguments()
+    assert (args.torch_compile, args.torch_compile_backend, args.torch_compile_mode) == (True, "aot_eager", "default")
+    own = ContrastiveFlowMatchingArguments(torch_compile=True, torch_compile_backend="eager")
+    assert (own.torch_compile_backend, own.torch_compile_mode) == ("eager", None)
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)

@@ -145,7 +145,7 @@ def test_the_bound_holds_when_the_cache_is_filled_step_by_step(tmp_path, monkeyp
 
 def test_a_cache_above_its_bound_is_refused_before_anything_is_written(tmp_path):
     bounded = TensorCache(tmp_path, {}, max_cache_bytes=40959)
-    with pytest.raises(CacheTooLarge, match=r"may take 41 KB, but 10 entries .* raise max_cache_bytes, delete what"):
+    with pytest.raises(CacheTooLarge, match=r"may take 41 KB, but 10 entries .* raise max_cache_gigabytes, "):
         bounded.fill(NAMES, compute, batch_size=4)
     assert files(tmp_path) == []
     assert bounded.fill(NAMES[:9], compute, batch_size=4) == 9

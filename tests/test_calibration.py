@@ -1,5 +1,6 @@
 """A run that would learn nothing says so: data without negatives are refused, logits that saturate are replaced."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import torch
 from torch.testing import assert_close
 
 from diffusers_softrepa.objectives import Contrastive, SoftRank
-from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
+from diffusers_softrepa.training import (
+    ContrastiveFlowMatchingArguments,
+    ContrastiveFlowMatchingTrainer,
+    check_run,
+)
 from diffusers_softrepa.training import trainer as trainer_room
 from diffusers_softrepa.training.calibration import check_negatives, is_saturated, measured, unsaturated
 from diffusers_softrepa.training.metrics import gains, mean_and_error
-from training_runs import At, read_log, rows, train_until_killed, trainer
+from diffusers_softrepa.training.step.collate import Draws
+from training_runs import QUICK, At, pipeline, read_log, rows, train_until_killed, trainer
 
 EXPONENTIAL: dict[str, Any] = {"logits": "exponential", "temperature": None}
 """As the defaults are; the errors of the tiny pipeline are 1 to 2, far above the published temperature."""
@@ -133,6 +139,42 @@ def test_the_published_constants_stay_one_setting_away_and_a_run_that_learns_not
     assert "the tokens learned nothing" in caplog.text
     card = (tmp_path / "README.md").read_text()
     assert "the contrast has no gradient" in card and "the tokens learned nothing" in card
+
+
+def test_a_run_whose_steps_were_all_skipped_says_so(tmp_path: Path):
+    run = trainer(tmp_path, max_steps=2)
+    take_step = run.engine.step
+    run.engine.step = lambda *given, **more: replace(take_step(*given, **more), loss=torch.tensor(torch.nan))
+    assert run.train().finished
+    assert "no logged step had a finite loss and gradient" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("captions", [["a cat", " A  Cat "], ["Straße 1", "STRASSE\t1"]])
+def test_captions_that_differ_in_case_and_blanks_are_no_negatives(tmp_path: Path, captions: list[str]):
+    alike = [{**row, "text": captions[number % 2]} for number, row in enumerate(rows())]
+    with pytest.raises(ValueError, match="so there are no negatives to contrast"):
+        trainer(tmp_path, alike)
+    others = [{**row, "text": (*captions, "a dog")[number % 3]} for number, row in enumerate(rows())]
+    pairs = trainer(tmp_path, others, train_batch_size=8, num_eval=8)
+    (batch, *_) = pairs.loader
+    dogs = torch.tensor([example.caption == "a dog" for example in batch])
+    candidates = pairs.data_collator(batch, Draws(0, 0, 0)).candidates
+    assert candidates.equal(dogs[:, None] ^ dogs | torch.eye(8, dtype=torch.bool))
+
+
+def test_a_metric_that_evaluations_do_not_have_is_refused_before_the_first_step(tmp_path: Path):
+    run = trainer(tmp_path, metric_for_best_model="eval_top1")
+    with pytest.raises(ValueError, match=r"metric_for_best_model='eval_top1' is no metric .* has .*, top1_gain"):
+        run.train()
+    assert run.state.global_step == 0
+    assert trainer(tmp_path / "gain", metric_for_best_model="top1_gain", max_steps=1).train().finished
+
+
+def test_an_evaluation_that_can_tell_nothing_says_so(tmp_path: Path):
+    args = ContrastiveFlowMatchingArguments(**QUICK | {"max_steps": 1}, output_dir=str(tmp_path))
+    alike = [{**row, "text": "a cat"} for row in rows(4)]
+    ContrastiveFlowMatchingTrainer(pipeline(), args, rows(), alike).train()
+    assert "nothing is measured: give" in (tmp_path / "README.md").read_text()
 
 
 def test_a_resumed_run_keeps_what_was_chosen(tmp_path: Path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import EarlyStoppingCallback
@@ -12,7 +13,7 @@ from diffusers_softrepa.training import (
     ContrastiveFlowMatchingTrainer,
     TrainerCallback,
 )
-from training_runs import QUICK, assert_same_run, pipeline, read_log, rows, trainer
+from training_runs import QUICK, At, assert_same_run, pipeline, read_log, rows, trainer
 
 
 class Diary(TrainerCallback):
@@ -120,6 +121,25 @@ def test_an_error_in_the_loop_saves_the_last_step_and_the_run_goes_on_bit_by_bit
     assert_same_run(whole, broken)
 
 
+def test_an_error_of_a_callback_after_the_error_of_a_run_masks_it_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    class Fails(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                raise RuntimeError("the first error")
+
+        def on_exception(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyError("the tracker")
+
+    run = trainer(tmp_path)
+    run.callbacks.callbacks.insert(0, Fails())
+    with pytest.raises(RuntimeError, match="the first error"):
+        run.train()
+    assert "Fails failed after the error that ends the run: 'the tracker'" in caplog.text
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
 def test_own_optimizers_metrics_and_data_to_evaluate_are_taken(tmp_path: Path):
     run = trainer(tmp_path, max_steps=2)
     sgd = torch.optim.SGD(run.parameters, lr=0.5)
@@ -140,6 +160,24 @@ def test_own_optimizers_metrics_and_data_to_evaluate_are_taken(tmp_path: Path):
     log = [entry for entry in read_log(tmp_path / "log.jsonl") if "eval/worst" in entry]
     assert [entry["step"] for entry in log] == [0, 2]
     assert own.evaluate(rows(4, seed=2))["margin"] != own.evaluate()["margin"]
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.float64(0.5)], ids=repr)
+def test_figures_of_numpy_and_torch_are_logged(tmp_path: Path, value: Any):
+    run = trainer(tmp_path, max_steps=1, callbacks=[At("on_step_end", None, lambda run: run.log({"mine": value}))])
+    run.compute_metrics = lambda found: {"further": value}
+    run.train()
+    log = read_log(tmp_path / "log.jsonl")
+    assert [entry[name] for name in ("mine", "eval/further") for entry in log if name in entry] == [0.5] * 3
+
+
+@pytest.mark.parametrize("wrong", [None, [1], {"x": "high"}, {"x": None}, {"x": torch.zeros(2)}], ids=str)
+def test_what_is_no_figure_is_named_before_the_first_step(tmp_path: Path, wrong: Any):
+    run = trainer(tmp_path)
+    run.compute_metrics = lambda found: wrong
+    with pytest.raises(TypeError, match="the result of compute_metrics must be a dict of numbers, but is"):
+        run.train()
+    assert run.state.global_step == 0
 
 
 def test_a_figure_of_ones_own_chooses_the_best_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from diffusers_softrepa.training import ContrastiveFlowMatchingArguments, check_run
 from diffusers_softrepa.training.data.dataset import LONGEST_CAPTION, open_examples
 from diffusers_softrepa.training.data.image import content_id, decode, fetch
 
@@ -168,6 +169,18 @@ def test_every_caption_is_named_once_for_the_text_cache():
     assert list(open_examples(rows).captions()) == ["red", *map(str, range(COUNT))]
 
 
+def test_too_many_images_without_a_caption_are_told_before_a_model_is_loaded():
+    table = [{"image": pixels, "text": f"a cat {n}" if n % 3 else " "} for n in range(9) for pixels in [b"x"]]
+    args = ContrastiveFlowMatchingArguments(resolution=16, report_to="none", max_broken=0.3)
+    assert open_examples(table).without_caption() == ["example 0", "example 3", "example 6"]
+    assert check_run(args, table)[0].count == 9
+    args.max_broken = 0.2
+    with pytest.raises(
+        ValueError, match=r"3 of 9 images have no caption .* max_broken=0\.2, such as example 0; write"
+    ):
+        check_run(args, table)
+
+
 def test_what_a_data_set_cannot_read_is_handed_on_as_its_error():
     class Damaged(Pairs):
         def __getitem__(self, number):
@@ -242,6 +255,23 @@ def test_bad_metadata_is_refused_at_once(lines, message, tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         open_examples(tmp_path)
+
+
+def test_a_tar_beside_images_is_not_taken_for_their_place(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a cat")
+    (tmp_path / "backup.tar").write_bytes(b"")
+    assert list(open_examples(tmp_path).captions()) == ["a cat"]
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"one of 1 shards, from .*backup\.tar on, is no whole tar file"):
+        open_examples(tmp_path)
+
+
+def test_a_stored_split_that_is_not_there_is_named(tmp_path):
+    rows = datasets.Dataset.from_list([{"image": {"bytes": b"x", "path": None}, "text": "a cat"}])
+    datasets.DatasetDict(train=rows).save_to_disk(str(tmp_path / "stored"))
+    with pytest.raises(ValueError, match="has no split 'test', only train; name one of them"):
+        open_examples(tmp_path / "stored", split="test")
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -66,6 +66,24 @@ LAYOUTS = {
         csv(d / "metadata.csv"),
         (d / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + (d / "metadata.csv").read_bytes()),
     ),
+    "an index of pandas": lambda d: (
+        images(d),
+        (d / "metadata.csv").write_text(
+            ",file_name,text\n" + "".join(f'{n},{name},"{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
+        ),
+    ),
+    "spaces behind commas": lambda d: (
+        images(d),
+        (d / "metadata.csv").write_text(
+            "file_name, text\n" + "".join(f'{name}, "{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
+        ),
+    ),
+    "links to folders": lambda d: (
+        sidecars(d.with_name("elsewhere")),
+        (d / "photos").symlink_to(d.with_name("elsewhere"), target_is_directory=True),
+        (d.with_name("elsewhere") / "back").symlink_to(d, target_is_directory=True),
+        (d.with_name("elsewhere") / "itself").symlink_to(d.with_name("elsewhere"), target_is_directory=True),
+    ),
     "images/ and a table": lambda d: (images(d / "images"), csv(d / "captions.csv", "image,caption")),
     "paths of another machine": lambda d: (images(d / "a"), csv(d / "list.csv", "path,text", prefix="C:\\me\\")),
     "metadata.jsonl": lambda d: (images(d), (d / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows())))),
@@ -91,6 +109,22 @@ def test_however_a_folder_is_laid_out_the_examples_are_the_same(layout: str, tmp
     assert [example.captions for example in read] == [(caption,) for caption in CAPTIONS]
     assert [decode(fetch(example.image)).getpixel((0, 0))[0] for example in read] == [0, 10, 20]
     assert list(examples.captions()) == CAPTIONS
+
+
+def test_images_that_no_table_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    LAYOUTS["a table in each sub-folder"](tmp_path)
+    assert open_examples(tmp_path).count == COUNT and not caplog.records
+    sidecars(tmp_path / "b")
+    assert open_examples(tmp_path).count == COUNT
+    assert "3 of 6 images are left out, because no row of a table names them: b/0.png, b/1.png" in caplog.text
+
+
+def test_a_split_that_a_folder_does_not_have_is_not_the_whole_of_it(tmp_path: Path):
+    for split in ("train", "test"):
+        sidecars(tmp_path / split, end=f", {split}")
+    assert list(open_examples(tmp_path, split="test").captions()) == [f"{caption}, test" for caption in CAPTIONS]
+    with pytest.raises(ValueError, match="has no split 'validation', which is a sub-folder"):
+        open_examples(tmp_path, split="validation")
 
 
 def test_a_table_is_a_data_set_too(tmp_path: Path):
@@ -121,6 +155,14 @@ def test_the_number_of_a_kohya_folder_repeats_its_images(tmp_path: Path):
     assert {text: found.count(text) for text in set(found)} == {"blue cat": 2 * COUNT, **dict.fromkeys(CAPTIONS, 4)}
 
 
+def test_a_date_before_the_name_of_a_folder_is_no_number_of_repeats(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    for name in ("20240131_summer", "2024_winter", "3_red"):
+        sidecars(tmp_path / name)
+    assert [weight for _, weight in open_examples(tmp_path).weights] == [1.0, 3.0]
+    assert "3_red: each of 3 images comes 3 times in an epoch" in caplog.text
+
+
 def test_folders_are_mixed_by_their_weights(tmp_path: Path):
     sidecars(tmp_path / "one")
     sidecars(tmp_path / "two", end=", again")
@@ -129,8 +171,8 @@ def test_folders_are_mixed_by_their_weights(tmp_path: Path):
     as_text = json.dumps({str(tmp_path / "one"): 2, str(tmp_path / "two"): 1})
     assert epoch(open_examples(as_text)) == found
     assert open_examples([tmp_path / "one", tmp_path / "two"]).count == 2 * COUNT
-    for wrong in (0, -1, float("nan"), True, "2"):
-        with pytest.raises(ValueError, match="each data set needs a weight, a positive number"):
+    for wrong in (0, -1, float("nan"), True, "2", 1e9):
+        with pytest.raises(ValueError, match="each data set needs a weight, a positive number up to 1000"):
             open_examples({tmp_path / "one": wrong})
 
 
@@ -187,6 +229,8 @@ def test_a_folder_of_texts_alone_is_not_taken_for_data(tmp_path: Path):
         (b"file_name,text\n0.png,a cat, a dog\n", "line 2 of .*metadata.csv has more fields than the heading"),
         (b"number,text\n0,a cat\n", "every row of .*metadata.csv must name an image file, .* but line 2 is"),
         (b"file_name,text\n7.png,a cat\n", r"names 1 of 1 files that do not exist: 7.png \(line 2\)"),
+        (b"file_name,text,\n0.png,a cat, a dog\n", "line 2 of .*metadata.csv has more fields than the heading"),
+        (b'file_name,text\n0.png,"a cat\n', "line 2 of .*metadata.csv cannot be read: unexpected end of data"),
         (b"file_name,text\n", "the training data is empty"),
     ],
 )

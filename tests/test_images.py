@@ -216,6 +216,8 @@ JPEG = encoded(photo(200, 300), "JPEG")
         (OSError("bad sector"), "the data set cannot read it: bad sector"),
         (Image.fromarray(np.zeros((3, 3), dtype=np.float32)), "it holds floats"),
         (np.zeros((3, 3, 3)), "arrays must be uint8"),
+        (np.zeros((3, 20, 20), dtype=np.uint8), r"arrays must be uint8 and \(h, w\) .* but it is uint8 \(3, 20, 20\)"),
+        (np.zeros((1, 20, 20, 3), dtype=np.uint8), "arrays must be uint8"),
         (np.zeros((0, 3, 3), dtype=np.uint8), "arrays must be uint8"),
         (torch.full((3, 2, 2), 7.0), r"floats must be in \[0, 1\]"),
     ],

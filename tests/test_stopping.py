@@ -61,6 +61,15 @@ def test_several_terminations_are_one(tmp_path: Path):
     assert run.train().step == 3
 
 
+@pytest.mark.parametrize("event", ["on_train_begin", "on_evaluate", "on_save", "on_train_end"])
+def test_a_signal_at_any_moment_leaves_a_run_that_is_whole_or_goes_on(tmp_path: Path, event: str):
+    result = trainer(tmp_path, max_steps=2, callbacks=[At(event, None, stop_by(signal.SIGTERM))]).train()
+    assert result.finished is (event in ("on_save", "on_train_end"))  # the only checkpoint is that of the last step
+    assert (tmp_path / "adapter_model.safetensors").exists() is result.finished
+    assert trainer(tmp_path, max_steps=2, resume_from_checkpoint="latest").train().finished
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_hangup_that_the_program_ignores_stays_ignored(tmp_path: Path):
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch.testing import assert_close
 import tiny
 from diffusers_softrepa import SoftREPAConfig, add_softrepa, load_softrepa, save_softrepa, softrepa_parameters
 from diffusers_softrepa import checkpoint as checkpoint_room
+from diffusers_softrepa.commands import FAILURE
+from diffusers_softrepa.commands import run as run_command
 from diffusers_softrepa.pipeline import denoiser_of, get_softrepa_adapters
 from diffusers_softrepa.training import validation
 from diffusers_softrepa.training.arguments import ContrastiveFlowMatchingArguments
@@ -196,6 +199,7 @@ def without_logits() -> dict[str, Any]:
     [
         ("SGD", '{"momentum": 0.9}'),
         ("torch.optim.Adafactor", "{}"),
+        ("adamw_torch_fused", "{}"),
         ("torch.optim.adam.Adam", '{"betas": [0.5, 0.9]}'),
     ],
 )
@@ -204,7 +208,7 @@ def test_any_optimizer_trains(tmp_path: Path, optimizer: str, arguments: str):
     before = tokens_of(run)
     run.train()
     assert not tokens_of(run).equal(before)
-    assert type(run.optimizer).__name__ == optimizer.rpartition(".")[2]
+    assert type(run.optimizer).__name__ == {"adamw_torch_fused": "AdamW"}.get(optimizer, optimizer.rpartition(".")[2])
 
 
 @pytest.mark.parametrize(
@@ -337,6 +341,12 @@ def test_a_nan_gradient_is_caught_as_well(tmp_path: Path, monkeypatch: pytest.Mo
         run.train()
 
 
+def exit_status(error: Exception) -> int:
+    """Returns the exit status of a command that ends in an error."""
+    with patch("diffusers_softrepa.commands.train.main", side_effect=error):
+        return run_command("train", [])
+
+
 @pytest.mark.parametrize("where", ["state", "weights"])
 def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -355,8 +365,9 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
     else:
         write = checkpoint_room.write_whole
         monkeypatch.setattr(checkpoint_room, "write_whole", lambda *args: (full(), write(*args))[1])
-    with pytest.raises(OSError, match=r"checkpoint of step 4 could not be written .* space left .* from checkpoint-2"):
+    with pytest.raises(OSError, match=r"step 4 could not be written .* space left .* from checkpoint-2") as raised:
         run.train()
+    assert exit_status(raised.value) == FAILURE
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     assert trainer(tmp_path, save_steps=2, max_steps=4, resume_from_checkpoint="latest").train().finished
@@ -365,8 +376,9 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints(
 def test_a_full_disk_as_torch_tells_it_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = trainer(tmp_path, max_steps=1)
     monkeypatch.setattr(run.optimizer, "state_dict", lambda: {"big": FullDisk()})
-    with pytest.raises(OSError, match=r"could not be written .* resume from the start: there is no checkpoint yet"):
+    with pytest.raises(OSError, match=r"could not be written .* resume from the start: there is no ch") as raised:
         run.train()
+    assert exit_status(raised.value) == FAILURE
 
 
 class FullDisk:

@@ -8,7 +8,6 @@ import ast
 import functools
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from accelerate.utils import parse_flag_from_env
 
 from ..files import parse_json
 from ..noising import TimestepDensity
@@ -275,10 +276,10 @@ class ContrastiveFlowMatchingArguments:
             )
         for name in _POSITIVE.split() + _AT_LEAST_ZERO.split():
             value, positive = getattr(self, name), name in _POSITIVE.split()
-            if value is not None and not (abs(value) < math.inf and (value > 0 if positive else value >= 0)):
-                raise ValueError(
-                    f"{name} must be {'a positive number' if positive else '0 or more'}, but is {quoted(value)}"
-                )
+            held = value is None or _in_float32(value)
+            if value is not None and not (held and (value > 0 if positive else value >= 0)):
+                wanted = ("a positive number" if positive else "0 or more") + ("" if held else " that float32 holds")
+                raise ValueError(f"{name} must be {wanted}, but is {quoted(value)}")
         if not self.output_dir:
             raise ValueError("output_dir must name a folder, but is empty")
         if max(self.seed, self.validation_seed) >= 2**63:
@@ -325,15 +326,24 @@ class ContrastiveFlowMatchingArguments:
                 "of them out"
             )
         self.mixed_precision = self.mixed_precision or cast(MixedPrecision, said)
-        steps = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+        count = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        if not count.isdecimal():
+            raise ValueError(
+                f"accelerate asks for gradient_accumulation_steps={count!r}, but it must be a whole number"
+            )
+        steps = int(count)
         if steps > 1 and self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts accelerate, which was "
                 f"told {steps}; leave one of them out"
             )
         self.gradient_accumulation_steps = max(steps, self.gradient_accumulation_steps)
+        dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if dynamo != "no" and not self.torch_compile:
+            self.torch_compile, self.torch_compile_backend = True, dynamo
+            self.torch_compile_mode = os.environ.get("ACCELERATE_DYNAMO_MODE", self.torch_compile_mode)
         for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
                 raise ValueError(
                     f"accelerate was told to use {name}, which shards models in training, but here the models are "
                     "frozen and only the tokens train; choose plain multi-GPU training in `accelerate config`"
@@ -371,6 +381,12 @@ def _is_of(value: Any, kind: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and abs(value) <= sys.float_info.max  # a whole number may be larger; NaN is not
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_float32(value: int | float) -> bool:
+    """Returns whether a number is still itself in the precision of training, neither infinite nor rounded to 0."""
+    least, most = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+    return isinstance(value, int) or value == 0 or least <= abs(value) <= most
 
 
 def _named_values(given: Any) -> dict[str, Any]:

@@ -128,10 +128,15 @@ def calibrate(trainer: Any) -> None:
 
 def sum_up(trainer: Any) -> None:
     """Logs the warnings of a run once more at its end, and one if the gradient was never large enough to learn."""
-    log = trainer.state.log_history
-    norms = [entry["gradient_norm"] for entry in log if "gradient_norm" in entry]
+    logged = [entry for entry in trainer.state.log_history if "token_norm" in entry]
+    finite = [entry for entry in logged if math.isfinite(entry.get("loss", math.nan))]
+    norms = [norm for entry in finite if math.isfinite(norm := entry.get("gradient_norm", math.nan))]
     count = sum(parameter.numel() for parameter in trainer.parameters)
-    if norms and max(norms) < _NO_GRADIENT * math.sqrt(count):
+    if logged and not norms:
+        trainer.warnings.append(
+            "no logged step had a finite loss and gradient: such steps are skipped, nothing is learned"
+        )
+    elif norms and max(norms) < _NO_GRADIENT * math.sqrt(count):
         trainer.warnings.append(
             f"the gradient's norm was {max(norms):.1g} at most, for {count:,} numbers: the tokens learned nothing; "
             "check the temperature and the captions"

@@ -21,7 +21,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -67,10 +68,18 @@ class Callbacks:
         self.callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
 
     def call(self, event: str, args: Any, state: TrainerState, control: Any, **given: Any) -> TrainerControl:
-        """Calls an event and returns the control, which a callback may replace."""
+        """Calls an event and returns the control, which a callback may replace.
+
+        An error in `on_exception` is a warning, so that every callback is called and the first error is raised.
+        """
         for callback in self.callbacks:
             method = getattr(callback, event, None)  # a callback written for transformers has no `on_exception`
-            control = (method(args, state, control, **given) if method else None) or control
+            try:
+                control = (method(args, state, control, **given) if method else None) or control
+            except Exception as error:
+                if event != "on_exception":
+                    raise
+                logger.warning("%s failed after the error that ends the run: %s", type(callback).__name__, error)
         return control
 
 
@@ -133,16 +142,22 @@ class StopCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = self._interrupted = False
-        self._former: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes signals inside the block, which holds the whole run: a signal does not break off its report either."""
         self.asked = self._interrupted = False
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._former[number] = signal.signal(number, self._note)
+        former: dict[int, Any] = {}
+        main = threading.main_thread()
+        try:
+            for name in ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is main else ():
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    former[number] = signal.signal(number, self._note)
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         self.stop_if_asked(control, given["trainer"].accelerator)
@@ -152,13 +167,6 @@ class StopCallback(TrainerCallback):
         asked = torch.tensor([int(self.asked)], device=accelerator.device)
         if accelerator.gather(asked).any() and not control.should_training_stop:
             control.should_training_stop = control.should_pause = True
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)
-        self._former = {}
-
-    on_exception = on_train_end
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
@@ -174,12 +182,7 @@ class RescueCallback(TrainerCallback):
         trainer, error = given["trainer"], given["error"]
         if not isinstance(error, Exception) or not state.is_world_process_zero:
             return
-        try:
-            saved = trainer.save_last_step()
-        except Exception as further:  # such as a full disk; the first error is raised
-            logger.warning("the last step could not be saved either: %s", further)
-            return
-        if saved is not None:
+        if (saved := trainer.save_last_step()) is not None:
             logger.warning("the run ended in an error; step %d is saved in %s", state.global_step, saved)
 
 

@@ -44,7 +44,9 @@ Log = Sequence[Mapping[str, float]]
 _ESSENTIAL = ("objective", "train_batch_size", "learning_rate", "resolution", "mixed_precision", "seed")
 _PRIVATE = """output_dir cache_dir resume_from_checkpoint max_steps num_train_epochs dry_run push_to_hub hub_model_id
 hub_private_repo hub_token hub_license report_to logging_steps dataloader_num_workers validation_prompts"""
-_UNMEASURED = "No eval_dataset was evaluated in this run, so what the tokens improve was not measured here."
+_UNMEASURED = (
+    "No eval_dataset was evaluated in this run, or it tells nothing, so what the tokens improve was not measured here."
+)
 _PANELS = {
     "loss": "loss",
     "top1": "top-1 of the matched caption",

@@ -6,6 +6,7 @@ of these files. All files are on the disk before the folder gets its name. Noise
 are drawn from the seed and the step, so a resumed run draws the numbers that the interrupted one would have drawn.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -85,10 +86,12 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             _remove_all(partial)
             last = self.latest()
-            raise OSError(
+            failed = OSError(
                 f"the checkpoint of step {step} could not be written to {self._folder}: {error}; make room there and "
                 f"resume from {last.name if last else 'the start: there is no checkpoint yet'}"
-            ) from error
+            )
+            failed.errno = getattr(error, "errno", None) or errno.EIO  # it failed, the settings were right
+            raise failed from error
         for old in self.all()[: -self._limit] if self._limit else []:
             self._remove(old)
         return final

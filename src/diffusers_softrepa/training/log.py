@@ -16,6 +16,7 @@ from .callbacks import TrainerCallback, TrainerState
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
+PROJECT = "softrepa"  # of the trackers; tensorboard writes into a folder of that name
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -68,7 +69,7 @@ class LogCallback(TrainerCallback):
             write_whole(path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
         if self._accelerator.log_with:
             plain = {k: v if isinstance(v, int | float) else str(v) for k, v in args.to_dict().items()}
-            self._accelerator.init_trackers("softrepa", config=plain)
+            self._accelerator.init_trackers(PROJECT, config=plain)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
         """Writes the values of an entry, without NaN and infinity, which JSON does not have."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..pairs import mean_by_noise_level, pair_diagnostics
+from ..quoting import quoted
 from .step.engine import PairBatch
 
 NOISE_LEVEL_EDGES = (250.0, 500.0, 750.0)
@@ -48,6 +49,18 @@ def means(rows: Mapping[str, Tensor]) -> dict[str, float]:
 def joined(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the metrics of several batches as those of one, float32 on the CPU."""
     return {name: torch.cat([row[name] for row in rows]).float().cpu() for name in rows[0]}
+
+
+def figures(found: Any, what: str) -> dict[str, float]:
+    """Returns figures of the user by name as numbers of Python, where they may be those of numpy or torch.
+
+    Raises:
+        TypeError: They are no numbers by name; `what` names them.
+    """
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be a dict of numbers, but is {quoted(found)}") from error
 
 
 def standard_errors(rows: Mapping[str, Tensor]) -> dict[str, float]:

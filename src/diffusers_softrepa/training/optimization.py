@@ -13,7 +13,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from ..checkpoint import LARGEST
 from ..files import parse_json
+from ..quoting import one_line
 from .arguments import ContrastiveFlowMatchingArguments
 
 
@@ -43,10 +45,31 @@ def make_optimizer(args: ContrastiveFlowMatchingArguments, parameters: Sequence[
             f"optim={args.optim!r} needs a package that is not installed ({error}); pip install {package}, or name a "
             "class of torch.optim"
         ) from error
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the optimizers raise
         raise ValueError(
             f"optim={args.optim!r} with optim_args={args.optim_args!r} makes no optimizer: "
             f"{error}; name a class of torch.optim, or package.module.Class of an installed package"
+        ) from error
+
+
+def check_optimizer(args: ContrastiveFlowMatchingArguments, device: torch.device) -> None:
+    """Takes a step with optimizer and schedule of the settings, on two numbers of which one has a gradient.
+
+    Raises:
+        ValueError: They cannot be made, or cannot take this step, or it leaves a number that no adapter can hold.
+    """
+    trial = Parameter(torch.ones(1, 1, 2, device=device))
+    trial.grad = torch.tensor([[[1.0, 0.0]]], device=device)
+    optimizer = make_optimizer(args, [trial])
+    Schedule(args, optimizer, args.max_steps or 1)
+    told = f"optim={args.optim!r} with learning_rate={args.learning_rate} and optim_args={args.optim_args!r}"
+    try:
+        optimizer.step()
+        if not trial.abs().max() <= LARGEST:  # nor NaN
+            raise ValueError(f"a step makes {trial.flatten().tolist()} of ones")
+    except Exception as error:  # whatever the optimizers raise
+        raise ValueError(
+            f"{told} cannot train tokens: {one_line(error)}; lower the numbers, or name another optimizer"
         ) from error
 
 
@@ -81,7 +104,7 @@ def is_schedule_free(optimizer: Any) -> bool:
 def _class_name(name: str) -> str:
     """Returns the name of a class of torch.optim, also for the spelling of transformers, `adamw_torch`."""
     known = {key.lower(): key for key, value in vars(torch.optim).items() if isinstance(value, type)}
-    return known.get(name.lower().removesuffix("_torch"), name)
+    return known.get(name.lower().removesuffix("_fused").removesuffix("_torch"), name)
 
 
 class Schedule:

@@ -1,5 +1,6 @@
 """Checks of a run that need no model: settings, trackers, optimizer, data, and the repository on the Hub."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from ..card import check_license
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..evaluation.prompts import load_prompts
+from ..evaluation.scoring import processes
 from ..files import check_places
 from ..hub import CARD_NAME
 from ..quoting import one_line, quoted
@@ -19,8 +21,10 @@ from .calibration import no_negatives
 from .card import CURVES_NAME, SETTINGS_NAME, VALIDATION_NAME, claim_repository
 from .checkpoints import BEST_FOLDER, Checkpoints, is_checkpoint_name
 from .data.dataset import Examples, open_examples
-from .log import LOG_NAME
-from .optimization import Schedule, make_optimizer
+from .data.image import Framing
+from .data.sampler import BrokenCount, PairSampler
+from .log import LOG_NAME, PROJECT
+from .optimization import check_optimizer
 from .validation import IMAGES_FOLDER, VALIDATION_FOLDER
 
 
@@ -39,13 +43,14 @@ def check_run(
 
     Raises:
         ValueError: A setting, a tracker, the optimizer, the schedule or the data are wrong, or there is no checkpoint
-            to resume from.
+            to resume from, or one of other settings.
         TypeError: The data are of a type that cannot be read.
         OSError: The data cannot be read, or the Hub refuses the repository of `push_to_hub`.
     """
     check_settings(args)
-    if args.resume_from_checkpoint not in (None, "", "latest"):
-        Checkpoints(args.output_dir).read(args.resume_from_checkpoint)
+    wanted = args.resume_from_checkpoint
+    if wanted is not None and (checkpoint := Checkpoints(args.output_dir).read(wanted)) is not None:
+        checkpoint.check_settings(args.to_dict())
     train = open_training_data(args, train_dataset)
     evaluation = None if eval_dataset is None else open_data(args, eval_dataset)
     if args.push_to_hub and not args.dry_run:
@@ -76,7 +81,8 @@ def check_settings(args: ContrastiveFlowMatchingArguments) -> None:
                 f"tracker {name!r} is not installed" if name in LoggerType.list() else f"no tracker is called {name!r}"
             )
             raise ValueError(f"{known}, only {', '.join(usable) or 'none'}; install it, or give report_to='none'")
-    Schedule(args, make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))]), args.max_steps or 1)
+    check_optimizer(args, processes().device)
+    BrokenCount(args.max_broken)  # raises for what is no share
 
 
 def check_parts(callbacks: Any, optimizers: Any) -> None:
@@ -113,21 +119,29 @@ def _check_compilation(args: ContrastiveFlowMatchingArguments) -> None:
 
 def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
     files = [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, LOG_NAME, SETTINGS_NAME, CURVES_NAME]
-    folders = [BEST_FOLDER]
+    folders = [BEST_FOLDER, *([PROJECT] if "tensorboard" in args.report_to else [])]
     if args.validation_prompts:
         files, folders = [*files, VALIDATION_NAME], [*folders, VALIDATION_FOLDER, IMAGES_FOLDER]
     output = Path(args.output_dir)
     names = [path.name for path in output.iterdir()] if output.is_dir() else []
     folders += [name for name in names if is_checkpoint_name(name)]
     check_places(output, files, folders, what="output_dir")
+    check_places(output / BEST_FOLDER, [WEIGHTS_NAME, CONFIG_NAME, CARD_NAME])
     if args.cache_text or args.cache_latents:
         check_places(args.cache_dir or output / "cache", what="cache_dir")
 
 
 def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
-    """Opens a data set with the columns that the settings name; errors as in `open_examples`."""
+    """Opens a data set with the columns that the settings name, and checks that it fills a batch.
+
+    What fills a batch of an aspect bucket depends on the model. Errors as in `open_examples`.
+    """
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "negative_caption_column")}
-    return open_examples(dataset, **columns)
+    examples = open_examples(dataset, **columns)
+    if not args.aspect_buckets:
+        size = args.train_batch_size * processes().num_processes
+        PairSampler(examples, Framing(args.resolution, multiple_of=1), size, None, 1, BrokenCount(args.max_broken))
+    return examples
 
 
 def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
@@ -139,6 +153,8 @@ def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> 
     examples, objective = open_data(args, dataset), args.make_objective("flow")
     if args.max_steps is None and examples.count is None:
         raise ValueError("a stream does not tell its length; give max_steps instead of num_train_epochs")
+    if args.cache_latents and examples.count is None:
+        raise ValueError("cache_latents needs data of known length, but they are a stream; leave it out")
     if objective.min_negatives and not examples.has_negatives(objective.min_negatives):
         if not any(examples.captions()):
             raise ValueError(
@@ -146,4 +162,11 @@ def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> 
                 "character; write one for each image, or name their column with caption_column"
             )
         raise ValueError(no_negatives(objective))
+    lacking = examples.without_caption()
+    if len(lacking) > math.ceil(args.max_broken * len(examples)):
+        raise ValueError(
+            f"{len(lacking)} of {len(examples)} images have no caption that can be read, more than the share "
+            f"max_broken={args.max_broken}, such as {lacking[0]}; write captions for them, take them away, or raise "
+            "max_broken"
+        )
     return examples

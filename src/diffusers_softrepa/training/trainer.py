@@ -8,7 +8,7 @@ was killed and resumed ends bit-equal to one that was not. Logging, checkpoints,
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -49,7 +49,7 @@ from .data.encode import Encoder
 from .data.loader import PairLoader
 from .estimate import Estimate, estimate_run
 from .log import LogCallback
-from .metrics import Recent, gains, joined, means, retrieval_metrics, standard_errors
+from .metrics import Recent, figures, gains, joined, means, retrieval_metrics, standard_errors
 from .optimization import Schedule, make_average, make_optimizer
 from .preflight import check_parts, check_settings, open_data, open_training_data
 from .preparation import choose_adapter, make_framing, prepared
@@ -244,7 +244,7 @@ class ContrastiveFlowMatchingTrainer:
         main = self.accelerator.is_main_process
         if self.args.push_to_hub and main:
             claim_repository(self.args)
-        with self.checkpoints.locked() if main else nullcontext():
+        with self.checkpoints.locked() if main else nullcontext(), self._stop.listening():
             self.kept.resume(self, None if wanted is None else str(wanted))
             self.kept.check_disk(self)
             self.control = TrainerControl()
@@ -277,7 +277,7 @@ class ContrastiveFlowMatchingTrainer:
         found = joined(rows)
         self._evaluated = found if eval_dataset is None else None
         further = self.compute_metrics(found) if self.compute_metrics else {}
-        return means(found) | standard_errors(found) | dict(further)
+        return means(found) | standard_errors(found) | figures(further, "the result of compute_metrics")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PairLoader:
         """Returns the evaluation batches, in their stored order; arguments and errors as in `evaluate`."""
@@ -288,6 +288,7 @@ class ContrastiveFlowMatchingTrainer:
 
     def log(self, logs: dict[str, float]) -> None:
         """Writes values of the present step to `log.jsonl` and the trackers, by the callbacks of `on_log`."""
+        logs = figures(logs, "what is logged")
         self.state.log_history.append({"step": self.state.global_step, **logs})
         self._event("on_log", logs=logs)
 
@@ -428,6 +429,8 @@ class ContrastiveFlowMatchingTrainer:
         rows, self._evaluated = self._evaluated, None
         if self.state.global_step == 0:
             self.base_metrics = rows
+            if rows:
+                self._check_evaluation(found.keys() | rows.keys() | gains(rows, rows).keys(), rows)
         elif rows and self.base_metrics:
             found |= gains(rows, self.base_metrics)
         if found:
@@ -439,6 +442,19 @@ class ContrastiveFlowMatchingTrainer:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             if self.accelerator.is_main_process:
                 self.save_model(Path(self.args.output_dir) / BEST_FOLDER)
+
+    def _check_evaluation(self, names: Set[str], rows: Mapping[str, Tensor]) -> None:
+        """Checks before the first step that evaluations have the metric of the best adapter, and tell anything."""
+        if self.args.metric_for_best_model not in names:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is no metric of an evaluation, which has "
+                f"{', '.join(sorted(names - {'timestep'}))}; choose one of them, or return it from compute_metrics"
+            )
+        if rows["top1"].isnan().all():
+            self.warn(
+                "no image of the evaluation data meets a caption that is wrong for it, so nothing is measured: "
+                "give images of other captions"
+            )
 
     def _steps(self) -> Iterator[list[list[Example]]]:
         """Yields the batches of each optimizer step, epoch after epoch."""

@@ -160,7 +160,7 @@ class TensorCache:
         if self.max_cache_bytes is not None and present + needed > self.max_cache_bytes:
             raise CacheTooLarge(
                 f"the cache may take {human_bytes(self.max_cache_bytes)}, but {what} where {there}; raise "
-                "max_cache_bytes, delete what other settings left there, or encode without a cache"
+                "max_cache_gigabytes, delete what other settings left there, or encode without a cache"
             )
         if needed > free:
             raise CacheTooLarge(f"{what}, but {there}; choose another disk, or encode without a cache")

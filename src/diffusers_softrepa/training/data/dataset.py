@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import tarfile
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ...files import parse_json
 from ...quoting import has_surrogate, one_line, quoted
-from .folders import TABLE_SUFFIXES, load_folder, load_table
+from .folders import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_folder, load_table
 from .image import BrokenExample, Size, content_id, fetch, image_size
 
 # In characters. Text encoders read some 1,000 tokens at most, but their tokenizers go through all of a text each time.
@@ -41,6 +42,7 @@ LONGEST_CAPTION = 16_384
 _IMAGE_COLUMNS = "image jpg jpeg png webp img"
 _CAPTION_COLUMNS = "text caption captions txt prompt prompts description caption_text sentence"
 _FINGERPRINTED = 64  # examples
+_MOST_REPEATS = 1000  # of an example in an epoch
 
 
 @final
@@ -71,6 +73,11 @@ class Example:
     latents: dict[str, Tensor] | None = None
     image_id: int = 0
     size: Size = (0, 0)
+
+
+def meaning(caption: str) -> str:
+    """Returns a text that is equal for captions that differ in case and blanks alone, which many tokenizers drop."""
+    return " ".join(caption.casefold().split())
 
 
 @final
@@ -207,13 +214,21 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def has_negatives(self, count: int) -> bool:
-        """Returns whether there are more than `count` different captions, or written negatives."""
+        """Returns whether there are more than `count` captions of different meaning, or written negatives."""
         texts: set[str] = set()
         for example in self._without_images():
-            texts.update(example.captions)
+            texts.update(map(meaning, example.captions))
             if example.negative_captions or len(texts) > count:
                 return True
         return False
+
+    def without_caption(self) -> list[str]:
+        """Returns the names of the examples without a caption, of those data sets that are in memory."""
+        found = []
+        for part, (numbers, weight) in zip(self._parts, self.weights, strict=False):  # a stream has no weights
+            if weight and isinstance(part.rows, list):
+                found += [self[number].name for number in numbers if not self[number].captions]
+        return found
 
     def captions(self) -> Iterator[str]:
         """Yields every caption and written negative once, by reading the data set without its images."""
@@ -314,10 +329,10 @@ def _load(data: Any, split: str, streaming: bool | None, image_column: str | Non
         if all(Path(entry).expanduser().exists() for entry in data):
             data = dict.fromkeys(data, 1)
     if isinstance(data, Mapping) and data:
-        if wrong := {key: w for key, w in data.items() if type(w) not in (int, float) or not 0 < w < math.inf}:
+        if wrong := {key: w for key, w in data.items() if type(w) not in (int, float) or not 0 < w <= _MOST_REPEATS}:
             raise ValueError(
-                f"each data set needs a weight, a positive number, but got {quoted(wrong)}; give several data sets as "
-                '{"photos": 1, "paintings": 2.5}'
+                f"each data set needs a weight, a positive number up to {_MOST_REPEATS}, but got {quoted(wrong)}; "
+                'give several data sets as {"photos": 1, "paintings": 2.5}'
             )
         loaded = [(_load(source, split, streaming, image_column), weight) for source, weight in data.items()]
         return [(rows, inner * weight) for parts, weight in loaded for rows, inner in parts]
@@ -340,10 +355,14 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
         return [(load_table(path, file_column=image_column), 1.0)]
     if path.is_dir():
         shards = sorted(str(shard) for shard in path.glob("*.tar"))
-        if shards and not any((path / f"metadata{suffix}").is_file() for suffix in TABLE_SUFFIXES):
+        tables = [path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES]
+        images = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+        if shards and not images and not any(table.is_file() for table in tables):
             return [(_load_shards(shards, streaming), 1.0)]
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
+            if isinstance(loaded, datasets.DatasetDict) and split not in loaded:
+                raise ValueError(f"{path} has no split {split!r}, only {', '.join(loaded)}; name one of them")
             return [(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded, 1.0)]
         if (parts := load_folder(path, split, image_column)) is not None:
             return list(parts)
@@ -361,7 +380,10 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
 
 
 def _load_shards(shards: list[str], streaming: bool | None) -> Any:
-    return datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=streaming is not False)
+    try:
+        return datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=streaming is not False)
+    except tarfile.TarError as error:
+        raise ValueError(f"one of {len(shards)} shards, from {shards[0]} on, is no whole tar file: {error}") from error
 
 
 def _find_columns(row: Mapping[str, Any], image: str | None, captions: Any, negatives: str | None) -> Columns:

@@ -11,6 +11,7 @@ Sub-folders are read as well. Hidden files, and the masks that OneTrainer keeps 
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -23,6 +24,8 @@ from typing import Any
 from ...files import parse_json, read_json_lines, read_lines
 from ...quoting import one_line, quoted
 
+logger = logging.getLogger(__name__)
+
 Rows = list[dict[str, Any]]
 
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .avif .heic .heif .jxl .jp2 .ppm .pgm"
@@ -32,7 +35,7 @@ TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 _TABLE_NAMES = ("captions", "caption", "prompts", "labels")
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _DATA_SUFFIXES = (*TABLE_SUFFIXES, ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
-_REPEATED = re.compile(r"([0-9]+)_(.+)")
+_REPEATED = re.compile(r"([0-9]{1,3})_(.+)")  # more digits are a year or a date
 
 
 def load_folder(folder: Path, split: str, file_column: str | None = None) -> list[tuple[Rows, float]] | None:
@@ -64,20 +67,30 @@ def load_folder(folder: Path, split: str, file_column: str | None = None) -> lis
         if any(path.suffix.lower() in _DATA_SUFFIXES for path in files):
             return None
         raise _unrecognised(folder, files)
-    if metadata:
-        chosen = {path.parent: path for path in reversed(metadata)}.values()  # one for each folder
-        loaded = [load_table(path, images, file_column) for path in sorted(chosen)]
-        return [(rows, 1.0) for rows in loaded if rows] or [([], 1.0)]
-    if found := _captioned(folder, files, images):
+    if split not in ("", "train"):
+        raise ValueError(
+            f"{folder} has no split {split!r}, which is a sub-folder with captions of its own; name another"
+        )
+    chosen = list({path.parent: path for path in reversed(metadata)}.values())  # one for each folder
+    if not chosen and (found := _captioned(folder, files, images)):
         return found
-    usable = [path for path in tables if _names_files(path, file_column)]
-    usable = [path for path in usable if path.stem.lower() in _TABLE_NAMES] or usable
-    if len(usable) > 1:
-        shown = ", ".join(str(path.relative_to(folder)) for path in usable)
-        raise ValueError(f"{folder} has several tables of images, {shown}; rename the one to read to metadata")
-    if not usable:
+    if not chosen:
+        usable = [path for path in tables if _names_files(path, file_column)]
+        chosen = [path for path in usable if path.stem.lower() in _TABLE_NAMES] or usable
+        if len(chosen) > 1:
+            raise ValueError(
+                f"{folder} has several tables of images, {_shown(folder, chosen)}; rename the one to read to metadata"
+            )
+    if not chosen:
         raise _unrecognised(folder, files)
-    return [(load_table(usable[0], images, file_column), 1.0)]
+    loaded = [load_table(path, images, file_column) for path in sorted(chosen)]
+    named = {os.path.normpath(row["image"]) for rows in loaded for row in rows if isinstance(row["image"], Path)}
+    if unnamed := [path for path in images if os.path.normpath(path) not in named]:
+        logger.warning(
+            "%d of %d images are left out, because no row of a table names them: %s",
+            *(len(unnamed), len(images), _shown(folder, unnamed)),
+        )
+    return [(rows, 1.0) for rows in loaded if rows] or [([], 1.0)]
 
 
 def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None = None) -> Rows:
@@ -122,9 +135,18 @@ def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not (name.startswith((".", "__")) or _is_loop(Path(parent, name)))]
         yield from (Path(parent) / name for name in names if not name.startswith("."))
+
+
+def _is_loop(folder: Path) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    return folder.is_symlink() and any(map(folder.samefile, folder.absolute().parents))
+
+
+def _shown(folder: Path, paths: list[Path]) -> str:
+    return ", ".join(str(path.relative_to(folder)) for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
 
 
 def _is_image(path: Path) -> bool:
@@ -148,6 +170,10 @@ def _captioned(folder: Path, files: Iterable[Path], images: Iterable[Path]) -> l
         repeats = _REPEATED.fullmatch(part.name) if part != folder else None
         if repeats and not any(row["text"] for row in rows):  # as kohya's scripts do without caption files
             rows = [{**row, "text": [repeats[2].replace("_", " ")]} for row in rows]
+        if repeats:
+            logger.info(
+                "%s: each of %d images comes %s times in an epoch", part.relative_to(folder), len(rows), repeats[1]
+            )
         found.append((rows, float(repeats[1]) if repeats else 1.0))
     return found if any(row["text"] for rows, _ in found for row in rows) else []
 
@@ -179,17 +205,19 @@ def _read_csv(table: Path) -> Iterator[tuple[str, Any]]:
     if not lines:
         return
     sign = max(",;\t|", key=lines[0].count)
-    reader = csv.DictReader([f"{line}\n" for line in lines], delimiter=sign, restkey="", strict=True)
+    text = [f"{line}\n" for line in lines]
+    reader: Any = csv.DictReader(text, delimiter=sign, skipinitialspace=True, strict=True)
     try:
         for row in reader:
-            if row.get(""):
+            index = reader.fieldnames[0] == ""  # as pandas writes it
+            if any(row.pop(None, ())) or (row.get("") and not index):
                 raise ValueError(
                     f"line {reader.line_num} of {table} has more fields than the heading; put captions that hold "
                     f"{quoted(sign)} between double quotes"
                 )
             yield f"line {reader.line_num}", {(name or "").strip(): value for name, value in row.items()}
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} of {table} cannot be read: {error}") from error
+        raise ValueError(f"line {reader.line_num + 1} of {table} cannot be read: {error}") from error
 
 
 def _file_column(row: Any, given: str | None) -> str | None:
@@ -215,12 +243,12 @@ def _find(folder: Path, name: str, by_name: dict[str, list[Path]]) -> Path | Non
 
 def _unrecognised(folder: Path, files: list[Path]) -> ValueError:
     kinds = Counter(path.suffix.lower() or "without a suffix" for path in files)
-    shown = ", ".join(str(path.relative_to(folder)) for path in files[:4]) + (", ..." if len(files) > 4 else "")
     images = [path for path in files if _is_image(path)]
     first = images[0].relative_to(folder) if images else Path("cat.png")
+    shown = quoted(_shown(folder, files), 160)[1:-1]
     return ValueError(
         f"{folder} has {'images but no captions' if images else 'no images'} that can be recognised: found "
-        f"{', '.join(f'{count} {kind}' for kind, count in kinds.most_common(6))} ({quoted(shown, 160)[1:-1]}); write "
+        f"{', '.join(f'{count} {kind}' for kind, count in kinds.most_common(6))} ({shown}); write "
         f"each caption into a text file beside its image, such as {first.with_suffix('.txt')} for {first}, or all "
         f'into a metadata.jsonl with lines such as {{"file_name": "{first}", "text": "a cat on a mat"}}'
     )

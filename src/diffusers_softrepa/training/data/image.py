@@ -228,7 +228,8 @@ def _from_array(image: Tensor | np.ndarray) -> Image.Image:
             image = (image * 255).round().to(torch.uint8)
         image = (image.permute(1, 2, 0) if image.ndim == 3 else image).detach().cpu().numpy()
     image = image.squeeze(-1) if image.ndim == 3 and image.shape[-1] == 1 else image
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (2, 3, 4))
+    if image.dtype != np.uint8 or not is_image or not image.size:
         raise BrokenExample(f"arrays must be uint8 and (h, w) or (h, w, 3 or 4) but it is {image.dtype} {image.shape}")
     return Image.fromarray(np.ascontiguousarray(image))
 
