@@ -198,19 +198,18 @@ def test_texts_that_are_encoded_once_are_those_that_the_pipeline_encodes():
     assert sorted(known) == ["", "a circle", "two red squares"]
 
 
-def test_the_phrasing_is_read_from_what_the_encoders_make_of_a_caption():
-    exact = ["there is a circle", "there are two red squares"]
-    captions = [*exact, "a circle", "drawing of a circle"]
-    embeds, pooled = torch.zeros(4, 3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
-    sides = torch.tensor([[9.0], [9.0], [-9.0], [-9.0]])
-    reader = torch.nn.ModuleList([torch.nn.Linear(2, 1, bias=False) for _ in range(2)])
-    loss = train_base.phrasing_loss(reader, captions, embeds, pooled)
-    assert loss.item() == pytest.approx(np.log(2))
-    loss.backward()
-    assert embeds.grad is not None and pooled.grad is not None and pooled.grad.abs().min() > 0
-    for head in reader:
-        torch.nn.init.ones_(head.weight)
-    assert train_base.phrasing_loss(reader, captions, sides.expand(4, 2)[:, None], sides.expand(4, 2)) < 1e-6
+def test_the_share_of_the_phrasing_is_that_of_an_analysis_of_variance():
+    captions = ["there is a circle", "there are two red squares", "a circle", "drawing of a circle", ""]
+    embeds = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    share = train_base.phrasing_share(captions, embeds)
+    read = embeds.detach().mean(1)
+    within = read[:2].var(0, correction=0).sum() * 2 + read[2:].var(0, correction=0).sum() * 3
+    assert share.item() == pytest.approx(1 - (within / (read.var(0, correction=0).sum() * 5)).item())
+    share.backward()
+    assert embeds.grad is not None and embeds.grad.abs().sum() > 0
+    sides = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])[:, None, None].expand(5, 3, 4)
+    assert train_base.phrasing_share(captions, sides).item() == pytest.approx(1)
+    assert train_base.phrasing_share(["a circle"] * 5, embeds).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_base_is_trained_from_beginning_to_end(tmp_path, monkeypatch):
@@ -239,7 +238,7 @@ def test_a_base_is_trained_from_beginning_to_end(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
-    script = "import sys; from shapes_world import train_base as t; t.SCENES = 40; t.main()"
+    script = "import sys; from shapes_world import train_base as t; t.SCENES, t.PHRASING_SHARE = 40, 1.0; t.main()"
     for processes in (1, 2):
         out = tmp_path / str(processes)
         shutil.copytree(FOLDER / "sd3" / "vae", out / "vae")

@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
 from shapes_world import models
@@ -71,7 +72,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, log and results")
     parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=14_000, help="optimizer steps of both stages")
-    parser.add_argument("--start", type=Path, help="pipeline that has the first stage behind it; its weights go on")
+    parser.add_argument(
+        "--start", type=Path, help="pipeline that has the first stage behind it; its weights and autoencoder go on"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--vae-learning-rate", type=float, default=2e-3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -80,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    if not (args.out / "vae").exists():
+    if args.start is None and not (args.out / "vae").exists():
         if PROCESSES > 1:
             raise ValueError("the autoencoder is trained by one process; run the command once without torchrun")
         train_vae(args)
@@ -145,7 +148,8 @@ def narrow(vae: AutoencoderKL) -> None:
 
 def train_pipeline(args: argparse.Namespace) -> None:
     """Learns to draw what captions say, with an average of the weights."""
-    vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained((args.start or args.out) / "vae", torch_dtype=torch.float32)
+    vae.requires_grad_(False)
     vae.register_to_config(_name_or_path="vae")  # not a path of this machine
     pipe = models.sd3_pipeline(vae)
     if args.start is not None:
@@ -210,14 +214,16 @@ def phrasing_share(captions: list[str], embeds: Tensor) -> Tensor:
     """Returns the share of the variance of what the transformer reads that the phrasing explains, exact or everyday.
 
     What it reads of a caption as a whole is not asked: soft tokens stand among the words, so they can bring out only
-    what the words tell.
+    what the words tell. The captions of all processes are taken together.
 
     Args:
-        captions: The captions.
+        captions: The captions of this process.
         embeds: What the transformer reads of their words, (n, text, D); the mean over the text is taken.
     """
     exact = torch.tensor([text.startswith("there ") for text in captions])
     read = embeds.mean(1)
+    if PROCESSES > 1:
+        exact, read = (torch.cat(all_gather(part)) for part in (exact, read))
     read = read - read.mean(0)
     groups = [read[chosen] for chosen in (exact, ~exact) if chosen.any()]
     between = sum(len(group) * group.mean(0).square().sum() for group in groups)
