@@ -163,11 +163,13 @@ def test_captions_that_differ_in_case_and_blanks_are_no_negatives(tmp_path: Path
 
 
 def test_a_metric_that_evaluations_do_not_have_is_refused_before_the_first_step(tmp_path: Path):
-    run = trainer(tmp_path, metric_for_best_model="eval_top1")
-    with pytest.raises(ValueError, match=r"metric_for_best_model='eval_top1' is no metric .* has .*, top1_gain"):
+    run = trainer(tmp_path, metric_for_best_model="recall")
+    with pytest.raises(ValueError, match=r"metric_for_best_model='recall' is no metric .* has .*, top1, .*top1_gain"):
         run.train()
     assert run.state.global_step == 0
-    assert trainer(tmp_path / "gain", metric_for_best_model="top1_gain", max_steps=1).train().finished
+    for name in ("top1_gain", "eval_top1", "eval/margin"):  # with the prefixes of `on_evaluate` and of the log
+        run = trainer(tmp_path / name.replace("/", "-"), metric_for_best_model=name, max_steps=1)
+        assert run.train().finished and run.state.best_metric is not None
 
 
 def test_an_evaluation_that_can_tell_nothing_says_so(tmp_path: Path):

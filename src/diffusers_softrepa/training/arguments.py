@@ -266,6 +266,8 @@ class ContrastiveFlowMatchingArguments:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, but is {quoted(value)}")
         self._check_types()
+        # With or without the prefix of `on_evaluate` or of the log, as in transformers.
+        self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_").removeprefix("eval/")
         if any(side < 1 for side in self.further_resolutions):
             raise ValueError(
                 f"further_resolutions must be positive numbers of pixels, but are {self.further_resolutions}"
