@@ -75,9 +75,9 @@ class Example:
     size: Size = (0, 0)
 
 
-def meaning(caption: str) -> str:
-    """Returns a text that is equal for captions that differ in case and blanks alone, which many tokenizers drop."""
-    return " ".join(caption.casefold().split())
+def meanings(captions: Iterable[str]) -> list[str]:
+    """Returns texts that are equal for captions that differ in case and blanks alone, which many tokenizers drop."""
+    return [" ".join(caption.casefold().split()) for caption in captions]
 
 
 @final
@@ -217,7 +217,7 @@ class Examples:
         """Returns whether there are more than `count` captions of different meaning, or written negatives."""
         texts: set[str] = set()
         for example in self._without_images():
-            texts.update(map(meaning, example.captions))
+            texts.update(meanings(example.captions))
             if example.negative_captions or len(texts) > count:
                 return True
         return False

@@ -21,7 +21,7 @@ from ...conditioning.conditions import Conditions, concatenate
 from ...noising import Noising, sample_timesteps
 from ...pairs import candidate_mask
 from ..arguments import ContrastiveFlowMatchingArguments
-from ..data.dataset import Example, meaning
+from ..data.dataset import Example, meanings
 from ..data.encode import Encoder
 from .engine import PairBatch
 
@@ -161,7 +161,7 @@ class PairCollator:
             encoded = concatenate([gathered, {name: value[len(own) :] for name, value in encoded.items()}])
         is_written = [False] * len(texts) + [True] * len(written)
         texts, ids = [*texts, *(text for text, _ in written)], [*ids, *(identity for _, identity in written)]
-        texts = [meaning(text) for text in texts]
+        texts = meanings(texts)
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         positive = torch.arange(first, first + len(own))
         candidates = candidate_mask(
