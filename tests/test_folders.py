@@ -72,6 +72,11 @@ LAYOUTS = {
             ",file_name,text\n" + "".join(f'{n},{name},"{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
         ),
     ),
+    "a blank line above the heading": lambda d: (
+        images(d),
+        csv(d / "metadata.csv"),
+        (d / "metadata.csv").write_bytes(b"\n \n" + (d / "metadata.csv").read_bytes()),
+    ),
     "spaces behind commas": lambda d: (
         images(d),
         (d / "metadata.csv").write_text(
@@ -231,6 +236,7 @@ def test_a_folder_of_texts_alone_is_not_taken_for_data(tmp_path: Path):
         (b"file_name,text\n7.png,a cat\n", r"names 1 of 1 files that do not exist: 7.png \(line 2\)"),
         (b"file_name,text,\n0.png,a cat, a dog\n", "line 2 of .*metadata.csv has more fields than the heading"),
         (b'file_name,text\n0.png,"a cat\n', "line 2 of .*metadata.csv cannot be read: unexpected end of data"),
+        (b"file_name,text,text\n0.png,a cat,a dog\n", "the heading of .*metadata.csv has the column 'text' twice"),
         (b"file_name,text\n", "the training data is empty"),
     ],
 )

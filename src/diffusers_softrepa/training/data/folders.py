@@ -202,22 +202,26 @@ def _read_table(table: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(table: Path) -> Iterator[tuple[str, Any]]:
     lines = read_lines(table)
-    if not lines:
+    blank = next((number for number, line in enumerate(lines) if line.strip()), len(lines))  # lines before the heading
+    if blank == len(lines):
         return
-    sign = max(",;\t|", key=lines[0].count)
-    text = [f"{line}\n" for line in lines]
+    sign = max(",;\t|", key=lines[blank].count)
+    text = [f"{line}\n" for line in lines[blank:]]
     reader: Any = csv.DictReader(text, delimiter=sign, skipinitialspace=True, strict=True)
     try:
+        heading = [name.strip() for name in reader.fieldnames]
+        if twice := [name for name in heading if name and heading.count(name) > 1]:
+            raise ValueError(f"the heading of {table} has the column {quoted(twice[0])} twice; rename one of them")
+        index = heading[0] == ""  # as pandas writes it
         for row in reader:
-            index = reader.fieldnames[0] == ""  # as pandas writes it
             if any(row.pop(None, ())) or (row.get("") and not index):
                 raise ValueError(
-                    f"line {reader.line_num} of {table} has more fields than the heading; put captions that hold "
-                    f"{quoted(sign)} between double quotes"
+                    f"line {blank + reader.line_num} of {table} has more fields than the heading; put captions that "
+                    f"hold {quoted(sign)} between double quotes"
                 )
-            yield f"line {reader.line_num}", {(name or "").strip(): value for name, value in row.items()}
+            yield f"line {blank + reader.line_num}", {(name or "").strip(): value for name, value in row.items()}
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num + 1} of {table} cannot be read: {error}") from error
+        raise ValueError(f"line {blank + reader.line_num + 1} of {table} cannot be read: {error}") from error
 
 
 def _file_column(row: Any, given: str | None) -> str | None:
