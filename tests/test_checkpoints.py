@@ -176,6 +176,16 @@ def test_the_same_data_stored_otherwise_are_the_same_data(tmp_path: Path):
     assert trainer(tmp_path / "run", tmp_path / "other", resume_from_checkpoint="latest").train().finished
 
 
+def test_what_a_run_draws_among_its_data_is_no_data_when_it_resumes(tmp_path: Path):
+    for number, row in enumerate(rows()):
+        row["image"].save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(row["text"][0])
+    drawn: dict[str, Any] = {"validation_prompts": ["a picture"], "num_validation_inference_steps": 1}
+    train_until_killed(trainer(tmp_path / "run", tmp_path, **drawn), "step-3")
+    assert (tmp_path / "run" / "images" / "00.png").is_file()
+    assert trainer(tmp_path / "run", tmp_path, resume_from_checkpoint="latest", **drawn).train().finished
+
+
 def test_checkpoints_that_would_not_fit_on_the_disk_are_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

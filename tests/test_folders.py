@@ -124,6 +124,20 @@ def test_images_that_no_table_names_are_told(tmp_path: Path, caplog: pytest.LogC
     assert "3 of 6 images are left out, because no row of a table names them: b/0.png, b/1.png" in caplog.text
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_output_folder_may_lie_among_the_data(layout: str, tmp_path: Path):
+    data, output = tmp_path / "photos", tmp_path / "photos" / "runs" / "first"
+    data.mkdir()
+    LAYOUTS[layout](data)
+    sidecars(output / "images", end=", as drawn\n")
+    csv(output / "table.csv")
+    for exclude in (output, str(data / "runs" / ".." / "runs" / "first")):
+        examples = open_examples(data, exclude=exclude)
+        assert examples.count == COUNT and list(examples.captions()) == CAPTIONS
+    with pytest.raises(ValueError, match=r"photos is the folder of the data and of the output too, .* output_dir"):
+        open_examples(data, exclude=data)
+
+
 def test_a_split_that_a_folder_does_not_have_is_not_the_whole_of_it(tmp_path: Path):
     for split in ("train", "test"):
         sidecars(tmp_path / split, end=f", {split}")

@@ -121,6 +121,7 @@ def _opened(source: str | None, split: str, streaming: bool, args: ContrastiveFl
         negative_caption_column=args.negative_caption_column,
         split=split,
         streaming=streaming or None,
+        exclude=args.output_dir,
     )
 
 

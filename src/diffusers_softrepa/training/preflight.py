@@ -137,7 +137,7 @@ def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
     What fills a batch of an aspect bucket depends on the model. Errors as in `open_examples`.
     """
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "negative_caption_column")}
-    examples = open_examples(dataset, **columns)
+    examples = open_examples(dataset, **columns, exclude=args.output_dir)
     if not args.aspect_buckets:
         size = args.train_batch_size * processes().num_processes
         PairSampler(examples, Framing(args.resolution, multiple_of=1), size, None, 1, BrokenCount(args.max_broken))

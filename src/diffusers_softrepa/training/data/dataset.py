@@ -253,6 +253,7 @@ def open_examples(
     negative_caption_column: str | None = None,
     split: str = "train",
     streaming: bool | None = None,
+    exclude: str | Path | None = None,
 ) -> Examples:
     """Opens a data set and checks its columns.
 
@@ -272,6 +273,8 @@ def open_examples(
         split: Split of a data set that has several; defaults to "train".
         streaming: Whether shards and data sets of the Hub are read without a prepared copy on the disk; defaults to
             None, which streams shards only.
+        exclude: A folder that is not read where it lies in a folder of images, such as the output folder of the run;
+            defaults to None.
 
     Raises:
         ValueError: A column is missing, the data set is empty, or a folder or a table cannot be read.
@@ -280,7 +283,9 @@ def open_examples(
     if isinstance(data, Examples):
         return data
     named = image_column, caption_column, negative_caption_column
-    parts = [_open_part(rows, weight, *named) for rows, weight in _load(data, split, streaming, image_column)]
+    without = None if exclude is None else Path(exclude)
+    loaded = _load(data, split, streaming, image_column, without)
+    parts = [_open_part(rows, weight, *named) for rows, weight in loaded]
     if len(parts) > 1 and any(isinstance(part.rows, datasets.IterableDataset) for part in parts):
         raise ValueError(
             "several data sets with weights must be ones of known length, but a stream is among them; give "
@@ -315,14 +320,16 @@ def _open_part(rows: Any, weight: float, image: str | None, captions: Any, negat
     return Part(rows.select_columns(columns.stored(first)) if _is_plain(rows) else rows, columns, weight)
 
 
-def _load(data: Any, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
+def _load(
+    data: Any, split: str, streaming: bool | None, image_column: str | None, exclude: Path | None
+) -> list[tuple[Any, float]]:
     """Returns the rows of each given data set with its weight; errors as in `open_examples`."""
     if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise TypeError(f"give one split of the data set, such as data[{next(iter(data))!r}]; it has {list(data)}")
     if isinstance(data, str) and data.lstrip().startswith("{"):
         data = parse_json(data, "the training data")
     if isinstance(data, str | Path):
-        return _load_from(str(data), split, streaming, image_column)
+        return _load_from(str(data), split, streaming, image_column, exclude)
     if isinstance(data, list | tuple) and data and all(isinstance(entry, str | Path) for entry in data):
         if all(str(entry).endswith(".tar") for entry in data):
             return [(_load_shards([str(entry) for entry in data], streaming), 1.0)]
@@ -334,7 +341,7 @@ def _load(data: Any, split: str, streaming: bool | None, image_column: str | Non
                 f"each data set needs a weight, a positive number up to {_MOST_REPEATS}, but got {quoted(wrong)}; "
                 'give several data sets as {"photos": 1, "paintings": 2.5}'
             )
-        loaded = [(_load(source, split, streaming, image_column), weight) for source, weight in data.items()]
+        loaded = [(_load(source, split, streaming, image_column, exclude), weight) for source, weight in data.items()]
         return [(rows, inner * weight) for parts, weight in loaded for rows, inner in parts]
     if isinstance(data, datasets.IterableDataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return [(data, 1.0)]
@@ -344,7 +351,9 @@ def _load(data: Any, split: str, streaming: bool | None, image_column: str | Non
     )
 
 
-def _load_from(source: str, split: str, streaming: bool | None, image_column: str | None) -> list[tuple[Any, float]]:
+def _load_from(
+    source: str, split: str, streaming: bool | None, image_column: str | None, exclude: Path | None
+) -> list[tuple[Any, float]]:
     path = Path(source).expanduser()
     if source.endswith(".tar"):
         shards = [source] if "://" in source else sorted(glob(str(path)))
@@ -364,7 +373,7 @@ def _load_from(source: str, split: str, streaming: bool | None, image_column: st
             if isinstance(loaded, datasets.DatasetDict) and split not in loaded:
                 raise ValueError(f"{path} has no split {split!r}, only {', '.join(loaded)}; name one of them")
             return [(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded, 1.0)]
-        if (parts := load_folder(path, split, image_column)) is not None:
+        if (parts := load_folder(path, split, image_column, exclude)) is not None:
             return list(parts)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and "://" not in source:
         raise ValueError(f"there is no folder {one_line(source)}; give one with images, or the name of a data set")

@@ -38,22 +38,32 @@ _DATA_SUFFIXES = (*TABLE_SUFFIXES, ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2
 _REPEATED = re.compile(r"([0-9]{1,3})_(.+)")  # more digits are a year or a date
 
 
-def load_folder(folder: Path, split: str, file_column: str | None = None) -> list[tuple[Rows, float]] | None:
+def load_folder(
+    folder: Path, split: str, file_column: str | None = None, exclude: Path | None = None
+) -> list[tuple[Rows, float]] | None:
     """Reads a folder of images.
 
     Args:
         folder: An existing folder.
         split: Sub-folder to read instead, if it exists and there is no table beside it.
         file_column: Column of a table that names the image files; defaults to None, its usual names.
+        exclude: A folder that is not read where it lies in this one; defaults to None.
 
     Returns:
         Rows with the path of an `image` and the columns of the table or `text`, and how often an epoch has them; None
         for a folder of data files, which `datasets` reads.
 
     Raises:
-        ValueError: There are images but no captions, a file is not UTF-8, or a table names files that do not exist.
+        ValueError: There are images but no captions, a file is not UTF-8, a table names files that do not exist, or
+            the folder itself is excluded.
     """
-    files = sorted(_files(folder))
+    exclude = None if exclude is None else exclude.resolve()
+    if folder.resolve() == exclude:
+        raise ValueError(
+            f"{folder} is the folder of the data and of the output too, whose images would join them; choose another "
+            "output_dir"
+        )
+    files = sorted(_files(folder, exclude))
     if not files:
         raise ValueError(
             f"{folder} is empty; put images and a metadata.jsonl there, or images with a text file beside each"
@@ -62,7 +72,7 @@ def load_folder(folder: Path, split: str, file_column: str | None = None) -> lis
     tables = [path for suffix in TABLE_SUFFIXES for path in files if path.suffix.lower() == suffix]
     metadata = [path for path in tables if path.stem.lower() == "metadata"]
     if split and (folder / split).is_dir() and not any(path.parent == folder for path in metadata):
-        return load_folder(folder / split, "", file_column)
+        return load_folder(folder / split, "", file_column, exclude)
     if not images and all(path.suffix == ".parquet" for path in metadata):
         if any(path.suffix.lower() in _DATA_SUFFIXES for path in files):
             return None
@@ -134,9 +144,12 @@ def load_table(table: Path, images: Iterable[Path] = (), file_column: str | None
     return rows
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, exclude: Path | None) -> Iterator[Path]:
+    def is_read(inner: Path) -> bool:
+        return not (inner.name.startswith((".", "__")) or _is_loop(inner) or (exclude and inner.resolve() == exclude))
+
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not (name.startswith((".", "__")) or _is_loop(Path(parent, name)))]
+        folders[:] = [name for name in folders if is_read(Path(parent, name))]
         yield from (Path(parent) / name for name in names if not name.startswith("."))
 
 
