@@ -34,7 +34,7 @@ STATE_NAME = "training_state.pt"
 MANIFEST_NAME = "manifest.json"
 BEST_FOLDER = "best"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
-_FILES = frozenset((WEIGHTS_NAME, CONFIG_NAME, STATE_NAME))  # those of the manifest
+_FILES = (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)  # those of the manifest
 # Settings that a resumed run may change; the loader checks those that the position in the data depends on.
 # fmt: off
 _MAY_CHANGE = frozenset((
@@ -258,7 +258,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         kept, found = read_json(path / MANIFEST_NAME), _digests(path)
         if kept != found:
-            names = [name for name in sorted(_FILES) if not isinstance(kept, dict) or kept.get(name) != found[name]]
+            names = [name for name in _FILES if not isinstance(kept, dict) or kept.get(name) != found[name]]
             raise ValueError(f"{' and '.join(names) or MANIFEST_NAME} is not as it was written")
         config, tensors = load_checkpoint(path)
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
@@ -279,7 +279,7 @@ def _is_whole(path: Path) -> bool:
 
 def _digests(path: Path) -> dict[str, str]:
     """Returns the SHA-256 of each file of a checkpoint; raises OSError where one is missing."""
-    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in sorted(_FILES)}
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in _FILES}
 
 
 def is_checkpoint_name(name: str) -> bool:
