@@ -66,23 +66,13 @@ LAYOUTS = {
         csv(d / "metadata.csv"),
         (d / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + (d / "metadata.csv").read_bytes()),
     ),
-    "an index of pandas": lambda d: (
-        images(d),
-        (d / "metadata.csv").write_text(
-            ",file_name,text\n" + "".join(f'{n},{name},"{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
-        ),
-    ),
+    "an index of pandas": lambda d: (images(d), csv(d / "metadata.csv", ",file_name,text", prefix="0,")),
     "a blank line above the heading": lambda d: (
         images(d),
         csv(d / "metadata.csv"),
         (d / "metadata.csv").write_bytes(b"\n \n" + (d / "metadata.csv").read_bytes()),
     ),
-    "spaces behind commas": lambda d: (
-        images(d),
-        (d / "metadata.csv").write_text(
-            "file_name, text\n" + "".join(f'{name}, "{CAPTIONS[n]}"\n' for n, name in enumerate(NAMES))
-        ),
-    ),
+    "spaces behind commas": lambda d: (images(d), csv(d / "metadata.csv", "file_name, text", sign=", ")),
     "links to folders": lambda d: (
         sidecars(d.with_name("elsewhere")),
         (d / "photos").symlink_to(d.with_name("elsewhere"), target_is_directory=True),

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+import torch
 from accelerate.utils import parse_flag_from_env
 
 from ..files import parse_json
@@ -387,8 +388,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def _in_float32(value: int | float) -> bool:
     """Returns whether a number is still itself in the precision of training, neither infinite nor rounded to 0."""
-    least, most = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-    return isinstance(value, int) or value == 0 or least <= abs(value) <= most
+    bounds = torch.finfo(torch.float32)
+    return isinstance(value, int) or value == 0 or bounds.tiny <= abs(value) <= bounds.max
 
 
 def _named_values(given: Any) -> dict[str, Any]:

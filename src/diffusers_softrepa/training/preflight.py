@@ -53,6 +53,10 @@ def check_run(
         checkpoint.check_settings(args.to_dict())
     train = open_training_data(args, train_dataset)
     evaluation = None if eval_dataset is None else open_data(args, eval_dataset)
+    if not args.aspect_buckets:  # what fills a batch of these depends on the model
+        size, framing = args.train_batch_size * processes().num_processes, Framing(args.resolution, multiple_of=1)
+        for examples in (train, *([] if evaluation is None else [evaluation])):
+            PairSampler(examples, framing, size, None, 1, BrokenCount(args.max_broken))  # raises if they fill none
     if args.push_to_hub and not args.dry_run:
         claim_repository(args)
     return train, evaluation
@@ -132,16 +136,9 @@ def _check_output(args: ContrastiveFlowMatchingArguments) -> None:
 
 
 def open_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:
-    """Opens a data set with the columns that the settings name, and checks that it fills a batch.
-
-    What fills a batch of an aspect bucket depends on the model. Errors as in `open_examples`.
-    """
+    """Opens a data set with the columns that the settings name; errors as in `open_examples`."""
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "negative_caption_column")}
-    examples = open_examples(dataset, **columns, exclude=args.output_dir)
-    if not args.aspect_buckets:
-        size = args.train_batch_size * processes().num_processes
-        PairSampler(examples, Framing(args.resolution, multiple_of=1), size, None, 1, BrokenCount(args.max_broken))
-    return examples
+    return open_examples(dataset, **columns, exclude=args.output_dir)
 
 
 def open_training_data(args: ContrastiveFlowMatchingArguments, dataset: Any) -> Examples:

@@ -224,11 +224,10 @@ class Examples:
 
     def without_caption(self) -> list[str]:
         """Returns the names of the examples without a caption, of those data sets that are in memory."""
-        found = []
-        for part, (numbers, weight) in zip(self._parts, self.weights, strict=False):  # a stream has no weights
-            if weight and isinstance(part.rows, list):
-                found += [self[number].name for number in numbers if not self[number].captions]
-        return found
+        parts = zip(self._parts, self.weights, strict=False)  # a stream has no weights
+        ranges = (numbers for part, (numbers, weight) in parts if weight and isinstance(part.rows, list))
+        examples = map(self.__getitem__, chain.from_iterable(ranges))
+        return [example.name for example in examples if not example.captions]
 
     def captions(self) -> Iterator[str]:
         """Yields every caption and written negative once, by reading the data set without its images."""
@@ -364,9 +363,9 @@ def _load_from(
         return [(load_table(path, file_column=image_column), 1.0)]
     if path.is_dir():
         shards = sorted(str(shard) for shard in path.glob("*.tar"))
-        tables = [path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES]
-        images = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-        if shards and not images and not any(table.is_file() for table in tables):
+        tables = (path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+        images = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)  # not read without shards
+        if shards and not any(table.is_file() for table in tables) and next(images, None) is None:
             return [(_load_shards(shards, streaming), 1.0)]
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
